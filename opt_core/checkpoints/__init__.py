@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Containers of weights: files of tensors, read lazily and written atomically.
+
+What the tensors mean is no concern of this package: names, layouts and models are elsewhere.
+"""
+
+from opt_core.checkpoints.index import CheckpointIndex
+from opt_core.checkpoints.reader import CheckpointReader
+from opt_core.checkpoints.tensors import LazyTensor, TensorInfo
+from opt_core.checkpoints.writer import CheckpointWriter
+
+__all__ = ["CheckpointIndex", "CheckpointReader", "CheckpointWriter", "LazyTensor", "TensorInfo"]

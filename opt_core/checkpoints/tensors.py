@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that are described when a file is opened and read only when somebody asks for them."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from opt_core.errors import CheckpointError, FormatError, InputError
+
+ALIGNMENT = 64
+"""Bytes: a cache line, and what jax needs to take an array over without copying it."""
+
+_MAX_DIMS = 32
+_MAX_BYTES = 2**62
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor before its values are read.
+
+    Raises FormatError for a shape that no array can have.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    file: Path
+
+    def __post_init__(self) -> None:
+        plain = all(type(length) is int and length >= 0 for length in self.shape)
+        extent = math.prod(max(length, 1) for length in self.shape) if plain else 0
+        if not plain or len(self.shape) > _MAX_DIMS or extent * self.dtype.itemsize > _MAX_BYTES:
+            raise FormatError(
+                f"{self.file}: tensor {self.name!r}: expected a shape of at most {_MAX_DIMS} "
+                f"lengths >= 0, found {str(self.shape)[:200]}. The file is damaged: fetch it again."
+            )
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes of the values."""
+        return self.size * self.dtype.itemsize
+
+
+class ByteSource(Protocol):
+    """Where tensors lie: a file, or memory that looks like one."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def size(self) -> int: ...
+    def memory(self) -> Any: ...
+    def read_into(self, out: NDArray[np.uint8], offset: int) -> None: ...
+
+
+class FileSource:
+    """One open file, read by position or through one copy-on-write mapping made on first use.
+
+    The file stays open, so what is read is what was opened, even after another file took the name.
+    Raises CheckpointError if `path` is no regular file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: expected a file, found none. Check the path.")
+        self.path = path
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the source
+        self._finalizer = weakref.finalize(self, self.file.close)
+        self._lock = threading.Lock()
+        self._mapping: mmap.mmap | None = None
+        self.size = self.file.seek(0, 2)
+
+    def memory(self) -> mmap.mmap:
+        """Return the whole file as private memory; pages are read when touched, never written back."""
+        with self._lock:
+            self._check_open()
+            if self._mapping is None:
+                self._mapping = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return self._mapping
+
+    def read_into(self, out: NDArray[np.uint8], offset: int) -> None:
+        """Fill `out` ([bytes]) from `offset` on; raises FormatError if the file has become shorter."""
+        with self._lock:
+            self._check_open()
+            self.file.seek(offset)
+            done = 0
+            while done < len(out):
+                count = self.file.readinto(out.data[done:])
+                if not count:
+                    raise FormatError(
+                        f"{self.path}: expected {len(out)} bytes at {offset}, found {done}. The file "
+                        "was cut short while it was read: fetch it again."
+                    )
+                done += count
+
+    def read_bytes(self, offset: int, length: int) -> bytes:
+        """Return up to `length` bytes from `offset` on, fewer at the end of the file."""
+        out = np.empty(max(0, min(length, self.size - offset)), np.uint8)
+        self.read_into(out, offset)
+        return out.tobytes()
+
+    def close(self) -> None:
+        """Close the file; arrays that were mapped stay valid."""
+        with self._lock:
+            self._mapping = None
+            self._finalizer()
+
+    def _check_open(self) -> None:
+        if self.file.closed:
+            raise CheckpointError(
+                f"{self.path}: the reader was closed. Read the tensors while it is open."
+            )
+
+
+class ArraySource:
+    """An array in memory that looks like a file."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.path = Path("<memory>")
+        self._bytes = np.asarray(array, order="C").reshape(-1).view(np.uint8)
+        self.size = len(self._bytes)
+
+    def memory(self) -> NDArray[np.uint8]:
+        """Return the bytes themselves, not a copy."""
+        return self._bytes
+
+    def read_into(self, out: NDArray[np.uint8], offset: int) -> None:
+        """Fill `out` ([bytes]) from `offset` on."""
+        out[:] = self._bytes[offset : offset + len(out)]
+
+
+class LazyTensor:
+    """One tensor of a file: its description now, its values when asked for.
+
+    `strides` counts elements, as torch does; None means C order. Raises FormatError if the tensor
+    does not lie within the source.
+    """
+
+    def __init__(
+        self,
+        info: TensorInfo,
+        source: ByteSource,
+        offset: int = 0,
+        strides: Sequence[int] | None = None,
+    ) -> None:
+        self.info = info
+        self._source = source
+        self._offset = offset
+        self._strides = tuple(strides) if strides is not None else None
+        self._span = element_span(info.shape, strides) if strides is not None else info.size
+        end = offset + self._span * info.dtype.itemsize
+        if offset < 0 or end > source.size:
+            raise FormatError(
+                f"{info.file}: tensor {info.name!r}: expected its bytes {offset} to {end} within "
+                f"the file, found a file of {source.size} bytes. The file is damaged or its "
+                "download incomplete: fetch it again."
+            )
+
+    @classmethod
+    def from_array(cls, name: str, array: NDArray[Any]) -> LazyTensor:
+        """Wrap an array in memory; `map` gives the same memory (a copy if it was not in C order)."""
+        source = ArraySource(array)
+        return cls(TensorInfo(name, array.dtype, array.shape, source.path), source)
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({self.name!r}, {self.dtype}, {self.shape}, {self.info.file.name})"
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in its file."""
+        return self.info.name
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of the elements; bfloat16 is that of ml_dtypes."""
+        return self.info.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The length of each dimension."""
+        return self.info.shape
+
+    def map(self) -> NDArray[Any]:
+        """Return a view onto the file: nothing is copied, pages are read when touched.
+
+        The array can be written to and the file does not change. Tensors that share bytes in the
+        file, and several maps of one tensor, share them in memory too. A view lies where the file
+        put it, which need not be aligned.
+        """
+        if not self.info.size:
+            return np.empty(self.shape, self.dtype)
+        flat = np.frombuffer(self._source.memory(), self.dtype, self._span, self._offset)
+        return self._shaped(flat)
+
+    def read(self) -> NDArray[Any]:
+        """Return a fresh private array, in C order and aligned to 64 bytes, without any mapping.
+
+        It takes the tensor's memory and no more; a tensor stored in another order (a transposed
+        one of a torch file) needs it twice while it is turned.
+        """
+        flat = empty_aligned((self._span,), self.dtype)
+        self._source.read_into(flat.view(np.uint8), self._offset)
+        if self._strides is None:
+            return flat.reshape(self.shape)
+        out = empty_aligned(self.shape, self.dtype)
+        out[...] = self._shaped(flat)
+        return out
+
+    def read_slice(self, dim: int, start: int, stop: int) -> NDArray[Any]:
+        """Return elements `start` to `stop` of dimension `dim` as a fresh array in C order.
+
+        Only the bytes needed are read, unless the tensor is stored in another order. Raises
+        InputError if there is no such slice.
+        """
+        if not 0 <= dim < len(self.shape) or not 0 <= start <= stop <= self.shape[dim]:
+            raise InputError(
+                f"{self.name}: expected a slice within shape {self.shape}, found "
+                f"[{start}:{stop}] of dimension {dim}."
+            )
+        shape = (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
+        out = empty_aligned(shape, self.dtype)
+        if self._strides is not None:
+            out[...] = self.read()[(slice(None),) * dim + (slice(start, stop),)]
+            return out
+        item = math.prod(self.shape[dim + 1 :]) * self.dtype.itemsize
+        if out.size:
+            for row, run in enumerate(out.reshape(math.prod(shape[:dim]), -1).view(np.uint8)):
+                self._source.read_into(run, self._offset + (row * self.shape[dim] + start) * item)
+        return out
+
+    def _shaped(self, flat: NDArray[Any]) -> NDArray[Any]:
+        if self._strides is None or not self.info.size:
+            return flat.reshape(self.shape)
+        itemsize = self.dtype.itemsize
+        return as_strided(flat, self.shape, [stride * itemsize for stride in self._strides])
+
+
+def element_span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Return how many elements lie from the first to the last of a strided tensor, both counted."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+
+
+def empty_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return an array of undefined values whose first byte stands at a multiple of 64."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a state dict's pickle says, without running it and without torch.
+
+A pickle is a program. This is a machine of our own for the few instructions and the few names that
+`torch.save` of a state dict uses; nothing that the file names is ever imported or called. Dictionary
+keys must be strings and memo slots must be filled before they are read, so that a small file cannot
+ask for much memory or time either.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from opt_core.errors import FormatError
+
+MAX_PICKLE = 2**24
+"""Bytes: room for some sixty thousand tensors."""
+
+_MAX_OPCODES = 4_000_000
+
+_STORAGES: dict[str, np.dtype[Any]] = {
+    "torch.DoubleStorage": np.dtype(np.float64),
+    "torch.FloatStorage": np.dtype(np.float32),
+    "torch.HalfStorage": np.dtype(np.float16),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch.LongStorage": np.dtype(np.int64),
+    "torch.IntStorage": np.dtype(np.int32),
+    "torch.ShortStorage": np.dtype(np.int16),
+    "torch.CharStorage": np.dtype(np.int8),
+    "torch.ByteStorage": np.dtype(np.uint8),
+    "torch.BoolStorage": np.dtype(np.bool_),
+}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A run of `numel` elements that the file holds under `key`."""
+
+    key: str
+    dtype: np.dtype[Any]
+    numel: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A view onto a storage; offset and strides count elements, as torch does."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Unpickled:
+    """The value of a pickle, and every storage that it mentions, by key."""
+
+    value: Any
+    storages: dict[str, Storage]
+
+
+@dataclass(frozen=True)
+class _Global:
+    """A name that the file asks for and that stands on the list."""
+
+    name: str
+
+
+def load_pickle(stream: io.BytesIO, where: str) -> Unpickled:
+    """Read the pickle at the position of `stream`, which then stands behind it.
+
+    `where` names the file in messages. Raises FormatError for a damaged pickle and for any
+    instruction or name that no state dict needs.
+    """
+    machine = _Machine(where)
+    try:
+        return Unpickled(machine.run(stream), machine.storages)
+    except FormatError:
+        raise
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"{where}: expected a pickled state dict, found a broken pickle ({error}). The file is "
+            "damaged or its download incomplete: fetch it again."
+        ) from error
+
+
+class _Machine:
+    """A stack, the marks on it, the memo, and the storages met so far."""
+
+    def __init__(self, where: str) -> None:
+        self.storages: dict[str, Storage] = {}
+        self._where = where
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+
+    def run(self, stream: io.BytesIO) -> Any:
+        """Follow the instructions up to STOP."""
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if opcode.name == "STOP":
+                return self._pop()
+            if count > _MAX_OPCODES:
+                raise self._refuse(f"more than {_MAX_OPCODES} instructions")
+            if opcode.name in _LITERALS:
+                self._stack.append(argument)
+            elif opcode.name in _INSTRUCTIONS:
+                _INSTRUCTIONS[opcode.name](self, argument)
+            else:
+                raise self._refuse(f"the pickle instruction {opcode.name}")
+        raise ValueError("it has no end")
+
+    def _refuse(self, what: str) -> FormatError:
+        return FormatError(
+            f"{self._where}: expected a state dict of tensors, found {what}, which no state dict "
+            "needs. The file was not executed. If you trust its origin, load it where it was made "
+            "and save model.state_dict()."
+        )
+
+    def _pop(self) -> Any:
+        if self._marks and self._marks[-1] == len(self._stack):
+            raise ValueError("the stack is empty")
+        return self._stack.pop()
+
+    def _pop_mark(self) -> list[Any]:
+        start = self._marks.pop()
+        items = self._stack[start:]
+        del self._stack[start:]
+        return items
+
+    def _mark(self, _: Any) -> None:
+        self._marks.append(len(self._stack))
+
+    def _tuple(self, length: int) -> None:
+        items = [self._pop() for _ in range(length)]
+        self._stack.append(tuple(reversed(items)))
+
+    def _update(self, pairs: list[Any]) -> None:
+        target = self._stack[-1]
+        if not isinstance(target, dict) or len(pairs) % 2:
+            raise ValueError("items are put into something that is no dictionary")
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            if not isinstance(key, str):
+                raise self._refuse(f"a {type(key).__name__} as the name of an entry")
+            key.encode()  # half a surrogate pair is no text: UnicodeEncodeError, a ValueError
+            target[key] = value
+
+    def _set_item(self, _: Any) -> None:
+        value, key = self._pop(), self._pop()
+        self._update([key, value])
+
+    def _extend(self, items: list[Any]) -> None:
+        if not isinstance(self._stack[-1], list):
+            raise TypeError("items are appended to something that is no list")
+        self._stack[-1].extend(items)
+
+    def _put(self, slot: int) -> None:
+        self._memo[slot] = self._stack[-1]
+
+    def _get(self, slot: int) -> None:
+        self._stack.append(self._memo[slot])
+
+    def _global(self, spelling: str) -> None:
+        name = spelling.replace(" ", ".")
+        if name not in _STORAGES and name not in _CALLS:
+            raise self._refuse(f"a request for {name[:200]!r}")
+        self._stack.append(_Global(name))
+
+    def _stack_global(self, _: Any) -> None:
+        name, module = self._pop(), self._pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise TypeError("a global is not named by strings")
+        self._global(f"{module} {name}")
+
+    def _reduce(self, _: Any) -> None:
+        arguments, function = self._pop(), self._pop()
+        if (
+            not isinstance(function, _Global)
+            or function.name not in _CALLS
+            or not isinstance(arguments, tuple)
+        ):
+            raise self._refuse("a call of something that is no function")
+        self._stack.append(_CALLS[function.name](arguments))
+
+    def _build(self, _: Any) -> None:
+        """Drop the state that an OrderedDict carries (`_metadata`): it holds no tensors."""
+        self._pop()
+        if not isinstance(self._stack[-1], dict):
+            raise self._refuse("attributes set on something that is no dictionary")
+
+    def _storage(self, _: Any) -> None:
+        match self._pop():
+            case (
+                "storage",
+                _Global(name),
+                str() as key,
+                str(),
+                int() as numel,
+                *views,
+            ) if name in _STORAGES and numel >= 0 and views in ([], [None]):
+                storage = Storage(key, _STORAGES[name], numel)
+                if self.storages.setdefault(key, storage) != storage:
+                    raise self._refuse(f"two descriptions of storage {key[:50]!r}")
+                self._stack.append(storage)
+            case _:
+                raise self._refuse("a storage described in an unknown way")
+
+
+def _rebuild_tensor(arguments: tuple[Any, ...]) -> StoredTensor:
+    match arguments:
+        case (Storage() as storage, int() as offset, tuple() as shape, tuple() as strides, *_):
+            if len(shape) == len(strides) and all(type(n) is int for n in (*shape, *strides)):
+                return StoredTensor(storage, offset, shape, strides)
+    raise ValueError("a tensor is described in an unknown way")
+
+
+def _rebuild_parameter(arguments: tuple[Any, ...]) -> StoredTensor:
+    if not arguments or not isinstance(arguments[0], StoredTensor):
+        raise ValueError("a parameter is described in an unknown way")
+    return arguments[0]
+
+
+def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    if arguments:
+        raise ValueError("a dictionary is made in an unknown way")
+    return {}
+
+
+_CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+}
+
+_LITERALS = frozenset(
+    ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE")
+)
+
+_INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": lambda machine, _: None,
+    "FRAME": lambda machine, _: None,
+    "NONE": lambda machine, _: machine._stack.append(None),
+    "NEWTRUE": lambda machine, _: machine._stack.append(True),
+    "NEWFALSE": lambda machine, _: machine._stack.append(False),
+    "EMPTY_DICT": lambda machine, _: machine._stack.append({}),
+    "EMPTY_LIST": lambda machine, _: machine._stack.append([]),
+    "EMPTY_TUPLE": lambda machine, _: machine._stack.append(()),
+    "MARK": _Machine._mark,
+    "TUPLE": lambda machine, _: machine._stack.append(tuple(machine._pop_mark())),
+    "TUPLE1": lambda machine, _: machine._tuple(1),
+    "TUPLE2": lambda machine, _: machine._tuple(2),
+    "TUPLE3": lambda machine, _: machine._tuple(3),
+    "SETITEM": _Machine._set_item,
+    "SETITEMS": lambda machine, _: machine._update(machine._pop_mark()),
+    "APPEND": lambda machine, _: machine._extend([machine._pop()]),
+    "APPENDS": lambda machine, _: machine._extend(machine._pop_mark()),
+    "BINPUT": _Machine._put,
+    "LONG_BINPUT": _Machine._put,
+    "MEMOIZE": lambda machine, _: machine._put(len(machine._memo)),
+    "BINGET": _Machine._get,
+    "LONG_BINGET": _Machine._get,
+    "GLOBAL": _Machine._global,
+    "STACK_GLOBAL": _Machine._stack_global,
+    "REDUCE": _Machine._reduce,
+    "BUILD": _Machine._build,
+    "BINPERSID": _Machine._storage,
+}

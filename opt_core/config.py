@@ -1,0 +1,462 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`OPTConfig`: the architecture of an OPT model, its validation, its JSON and the published sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from opt_core.errors import ConfigError
+from opt_core.files import atomic_write
+
+CONFIG_NAME = "config.json"
+
+#: Every activation that the reference knows (transformers 4.37.2, `activations.py:ACT2FN`).
+ACTIVATIONS = (
+    "gelu",
+    "gelu_10",
+    "gelu_accurate",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python",
+    "gelu_pytorch_tanh",
+    "laplace",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "swish",
+    "tanh",
+)
+
+#: layers, hidden size, heads, word embedding size (metaseq `opt_job_constants.py`); ffn is 4 x hidden.
+_PUBLISHED = {
+    "opt-125m": (12, 768, 12, 768),
+    "opt-350m": (24, 1024, 16, 512),
+    "opt-1.3b": (24, 2048, 32, 2048),
+    "opt-2.7b": (32, 2560, 32, 2560),
+    "opt-6.7b": (32, 4096, 32, 4096),
+    "opt-13b": (40, 5120, 40, 5120),
+    "opt-30b": (48, 7168, 56, 7168),
+    "opt-66b": (64, 9216, 72, 9216),
+    "opt-175b": (96, 12288, 96, 12288),
+}
+PRESETS = tuple(_PUBLISHED)
+
+
+@dataclasses.dataclass(init=False, eq=False, repr=False)
+class OPTConfig:
+    """The architecture and the defaults of an OPT model.
+
+    The named arguments are those of the reference page with its defaults; they are validated
+    together, here and nowhere else. Keyword arguments that OPT does not know are kept as attributes
+    and written back to config.json. Two configs are equal if their JSON is.
+
+    Raises:
+        ConfigError: a value of the wrong type or range, heads that do not divide the hidden size,
+            an unknown activation.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    ffn_dim: int
+    max_position_embeddings: int
+    do_layer_norm_before: bool
+    _remove_final_layer_norm: bool
+    word_embed_proj_dim: int
+    dropout: float
+    attention_dropout: float
+    num_attention_heads: int
+    activation_function: str
+    layerdrop: float
+    init_std: float
+    use_cache: bool
+    pad_token_id: int | None
+    bos_token_id: int | None
+    eos_token_id: int | list[int] | None
+    enable_bias: bool
+    layer_norm_elementwise_affine: bool
+    tie_word_embeddings: bool
+    return_dict: bool
+    output_attentions: bool
+    output_hidden_states: bool
+    torch_dtype: str | None
+    architectures: tuple[str, ...] | None
+    id2label: dict[int, str]
+    label2id: dict[str, int]
+    problem_type: str | None
+    tf_legacy_loss: bool
+    name_or_path: str
+    extra: dict[str, Any]
+
+    model_type = "opt"
+
+    def __init__(
+        self,
+        vocab_size: int = 50272,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        ffn_dim: int = 3072,
+        max_position_embeddings: int = 2048,
+        do_layer_norm_before: bool = True,
+        _remove_final_layer_norm: bool = False,
+        word_embed_proj_dim: int | None = None,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.0,
+        num_attention_heads: int = 12,
+        activation_function: str = "relu",
+        layerdrop: float = 0.0,
+        init_std: float = 0.02,
+        use_cache: bool = True,
+        pad_token_id: int | None = 1,
+        bos_token_id: int | None = 2,
+        eos_token_id: int | list[int] | None = 2,
+        enable_bias: bool = True,
+        layer_norm_elementwise_affine: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.ffn_dim = ffn_dim
+        self.max_position_embeddings = max_position_embeddings
+        self.do_layer_norm_before = do_layer_norm_before
+        self._remove_final_layer_norm = _remove_final_layer_norm
+        self.word_embed_proj_dim = hidden_size if word_embed_proj_dim is None else word_embed_proj_dim
+        self.dropout = dropout
+        self.attention_dropout = attention_dropout
+        self.num_attention_heads = num_attention_heads
+        self.activation_function = activation_function
+        self.layerdrop = layerdrop
+        self.init_std = init_std
+        self.use_cache = use_cache
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.enable_bias = enable_bias
+        self.layer_norm_elementwise_affine = layer_norm_elementwise_affine
+        self._set_common(kwargs)
+        self.extra = kwargs
+        self.validate()
+
+    def _set_common(self, kwargs: dict[str, Any]) -> None:
+        """Takes out of `kwargs` what every transformers configuration carries."""
+        self.tie_word_embeddings = kwargs.pop("tie_word_embeddings", True)
+        self.return_dict = kwargs.pop("return_dict", kwargs.pop("use_return_dict", True))
+        self.output_attentions = kwargs.pop("output_attentions", False)
+        self.output_hidden_states = kwargs.pop("output_hidden_states", False)
+        dtype = kwargs.pop("dtype", None)  # transformers 5 writes "dtype"
+        dtype = kwargs.pop("torch_dtype", None) or dtype
+        self.torch_dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+        architectures = kwargs.pop("architectures", None)
+        self.architectures = tuple(architectures) if architectures else None
+        self._set_labels(kwargs)
+        self.problem_type = kwargs.pop("problem_type", None)
+        self.tf_legacy_loss = kwargs.pop("tf_legacy_loss", False)
+        self.name_or_path = kwargs.pop("_name_or_path", kwargs.pop("name_or_path", ""))
+        for key in ("model_type", "transformers_version"):
+            kwargs.pop(key, None)
+
+    def _set_labels(self, kwargs: dict[str, Any]) -> None:
+        id2label, label2id = kwargs.pop("id2label", None), kwargs.pop("label2id", None)
+        num_labels = kwargs.pop("num_labels", None)
+        if id2label is None:
+            id2label = {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)}
+        self.id2label = {int(key): label for key, label in id2label.items()}  # JSON keys are strings
+        if num_labels is not None and num_labels != len(self.id2label):
+            raise ConfigError(
+                f"num_labels={num_labels}, but id2label names {len(self.id2label)} labels. "
+                "Give one of the two, or make them agree."
+            )
+        self.label2id = label2id or {label: i for i, label in self.id2label.items()}
+
+    def validate(self) -> None:
+        """Checks every field, and the fields against each other; raises ConfigError."""
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
+                f"{self.num_attention_heads}: every head needs the same whole size. "
+                "Change one of the two."
+            )
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ConfigError(
+                f"pad_token_id={self.pad_token_id} lies outside the vocabulary "
+                f"(vocab_size={self.vocab_size}). Use an id below {self.vocab_size}, or None."
+            )
+
+    # --- derived ---------------------------------------------------------------------------------
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, number: int) -> None:
+        self._set_labels({"num_labels": number})
+
+    @property
+    def use_return_dict(self) -> bool:
+        return self.return_dict
+
+    @property
+    def _name_or_path(self) -> str:
+        return self.name_or_path
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end-of-sequence ids as a tuple, empty where there is none."""
+        eos = self.eos_token_id
+        return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+
+    def __getattr__(self, name: str) -> Any:
+        extra = self.__dict__.get("extra", {})
+        if name in extra:
+            return extra[name]
+        close = difflib.get_close_matches(name, [*FIELDS, *extra], n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise AttributeError(f"OPTConfig has no attribute {name!r}.{hint}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIELDS or name in dir(type(self)):
+            object.__setattr__(self, name, value)
+        else:
+            self.extra[name] = value
+
+    def __contains__(self, name: str) -> bool:
+        return name in FIELDS or name in self.extra
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field or extra of that name, or `default` (adapter libraries read configs so)."""
+        return getattr(self, name) if name in self else default
+
+    # --- copies and JSON -------------------------------------------------------------------------
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """The configuration of a published size by name, e.g. `OPTConfig.preset("opt-350m")`.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
+        if name.removeprefix("facebook/") not in _PUBLISHED:
+            raise ConfigError(f"Unknown size {name!r}. The published ones: {', '.join(PRESETS)}.")
+        layers, hidden, heads, embed = _PUBLISHED[name.removeprefix("facebook/")]
+        sizes = {
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "word_embed_proj_dim": embed,
+            "ffn_dim": 4 * hidden,
+            "do_layer_norm_before": embed == hidden,  # only opt-350m normalises after
+        }
+        return cls(**{**sizes, **overrides})
+
+    def replace(self, **changes: Any) -> Self:
+        """A validated copy with `changes` applied."""
+        return self.from_dict(self.to_dict(), **{"_name_or_path": self.name_or_path, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: all of OPT's own fields, the common ones that differ from their default."""
+        common = {
+            "architectures": list(self.architectures) if self.architectures else None,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "return_dict": self.return_dict,
+            "output_attentions": self.output_attentions,
+            "output_hidden_states": self.output_hidden_states,
+            "torch_dtype": self.torch_dtype,
+            "problem_type": self.problem_type,
+            "tf_legacy_loss": self.tf_legacy_loss,
+        }
+        common = {key: value for key, value in common.items() if value != _COMMON_DEFAULTS[key]}
+        if self.id2label != {0: "LABEL_0", 1: "LABEL_1"}:
+            common["id2label"] = {str(key): label for key, label in self.id2label.items()}
+            common["label2id"] = dict(self.label2id)
+        own = {name: getattr(self, name) for name in _OWN_FIELDS}
+        return dict(sorted({**self.extra, **common, **own, "model_type": self.model_type}.items()))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
+        """Builds a config from its JSON form.
+
+        Raises:
+            ConfigError: the JSON is of another model, or its values are invalid.
+        """
+        model_type = values.get("model_type", "opt")
+        if model_type != "opt":
+            raise ConfigError(
+                f"Expected a config of model_type 'opt', found {model_type!r}: "
+                "this is not an OPT checkpoint."
+            )
+        merged = {**values, **overrides}
+        if "num_labels" in overrides and "id2label" not in overrides:
+            merged.pop("id2label", None)
+            merged.pop("label2id", None)
+        if merged.get("dtype") is not None and "torch_dtype" in overrides:
+            merged.pop("dtype")
+        return cls(**merged)
+
+    def to_json_string(self) -> str:
+        try:
+            return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        except TypeError as error:
+            raise ConfigError(f"A value of this config cannot be written as JSON: {error}") from error
+
+    @classmethod
+    def from_json_file(cls, path: str | Path, **overrides: Any) -> Self:
+        """Reads a config.json.
+
+        Raises:
+            ConfigError: no JSON object, another model's config, or invalid values.
+        """
+        return cls.from_dict(read_json_object(Path(path)), **overrides)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """Reads the config.json of a directory or of a model on the hub; keywords override it."""
+        from opt_core.hub import resolve
+
+        directory = resolve(
+            name_or_path,
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            weights=False,
+        )
+        path = directory / CONFIG_NAME
+        if not path.is_file():
+            raise ConfigError(f"{directory} holds no {CONFIG_NAME}. Is it a model directory?")
+        return cls.from_json_file(path, **{"_name_or_path": str(name_or_path), **overrides})
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes config.json into `directory`, which is made if need be."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        atomic_write(Path(directory) / CONFIG_NAME, self.to_json_string())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OPTConfig) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:  # by content, so that a compiled function may be keyed by it
+        return hash(self.to_json_string())
+
+    def __repr__(self) -> str:
+        return f"OPTConfig {self.to_json_string()}"
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that must hold an object.
+
+    Raises:
+        ConfigError: not UTF-8, not JSON, or not an object; names the file and the place.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}. Fetch or write it again.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}.")
+    return values
+
+
+def _whole(minimum: int) -> Callable[[str, object], None]:
+    def check(name: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ConfigError(f"{name}: expected a whole number from {minimum} on, found {value!r}.")
+
+    return check
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}: expected True or False, found {value!r}.")
+
+
+def _probability(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ConfigError(f"{name}: expected a probability from 0 to 1, found {value!r}.")
+
+
+def _non_negative(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ConfigError(f"{name}: expected a number from 0 on, found {value!r}.")
+
+
+def _token_ids(name: str, value: object) -> None:
+    for token in value if isinstance(value, list) and name == "eos_token_id" else (value,):
+        if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+            raise ConfigError(f"{name}: expected a token id or None, found {value!r}.")
+
+
+def _activation(name: str, value: object) -> None:
+    if value not in ACTIVATIONS:
+        raise ConfigError(f"{name}: unknown activation {value!r}. Known: {', '.join(ACTIVATIONS)}.")
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(OPTConfig))
+_OWN_FIELDS = FIELDS[: FIELDS.index("tie_word_embeddings")]  # the reference page's arguments
+_COMMON_DEFAULTS: Mapping[str, Any] = {
+    "architectures": None,
+    "tie_word_embeddings": True,
+    "return_dict": True,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "torch_dtype": None,
+    "problem_type": None,
+    "tf_legacy_loss": False,
+}
+_CHECKS: Mapping[str, Callable[[str, object], None]] = {
+    "vocab_size": _whole(1),
+    "hidden_size": _whole(1),
+    "num_hidden_layers": _whole(0),
+    "ffn_dim": _whole(1),
+    "max_position_embeddings": _whole(1),
+    "word_embed_proj_dim": _whole(1),
+    "num_attention_heads": _whole(1),
+    "do_layer_norm_before": _flag,
+    "_remove_final_layer_norm": _flag,
+    "use_cache": _flag,
+    "enable_bias": _flag,
+    "layer_norm_elementwise_affine": _flag,
+    "tie_word_embeddings": _flag,
+    "return_dict": _flag,
+    "output_attentions": _flag,
+    "output_hidden_states": _flag,
+    "dropout": _probability,
+    "attention_dropout": _probability,
+    "layerdrop": _probability,
+    "init_std": _non_negative,
+    "pad_token_id": _token_ids,
+    "bos_token_id": _token_ids,
+    "eos_token_id": _token_ids,
+    "activation_function": _activation,
+}

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small file habits shared by configs and checkpoints: write beside and rename, read JSON strictly."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import IO, Any
+
+from opt_core.errors import FormatError
+
+JSON_LIMIT = 100_000_000
+"""Bytes: no configuration, index or header of a real model comes near this."""
+
+
+def hidden_sibling(path: Path) -> Path:
+    """Return a fresh hidden name in the directory of `path`, so that a rename never crosses disks."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def sync_file(file: IO[bytes]) -> None:
+    """Push what was written to `file` through to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Push the renames in `directory` through to the disk, where the system can do that."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write `content` (a string as UTF-8) so that `path` holds all of it or what it held before.
+
+    Raises OSError as `open` and `os.replace` do; no temporary file stays behind.
+    """
+    path = Path(path)
+    temporary = hidden_sibling(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            sync_file(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
+    """Parse `data` as one JSON object in UTF-8 whose keys differ; `where` names it in messages.
+
+    Raises FormatError for anything else: broken UTF-8 or JSON, NaN, a key twice, nesting without end.
+    """
+    try:
+        value = json.loads(
+            data.decode(), object_pairs_hook=_distinct_pairs, parse_constant=_no_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            f"{where}: expected a JSON object, found text that cannot be read as one ({error}). "
+            "The file is damaged or its download incomplete: fetch it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: expected a JSON object, found a {type(value).__name__}.")
+    return value
+
+
+def _distinct_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    "".join(result).encode()  # half a surrogate pair is no text: UnicodeEncodeError, a ValueError
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} stands there twice")
+    return result
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for prompts in all three backends."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from opt_core.config import OPTConfig
+from opt_core.errors import InputError
+from opt_core.generation.config import GenerationConfig
+from opt_core.inputs import check_ids
+
+
+def infers_mask(options: GenerationConfig) -> bool:
+    """Whether pads can be told from tokens: there is a pad id, and it does not end sequences."""
+    return options.pad_token_id is not None and options.pad_token_id not in options.eos_token_ids
+
+
+def check_prompts(input_ids: np.ndarray, attention_mask: np.ndarray, config: OPTConfig) -> None:
+    """Checks the values of prompts [B, T] and of their mask.
+
+    Raises:
+        InputError: a mask of another shape or with other values than 0 and 1, a row without a single
+            real token, ids outside the vocabulary.
+    """
+    if attention_mask.shape != input_ids.shape:
+        raise InputError(
+            f"attention_mask: expected the shape of input_ids, {input_ids.shape}, found "
+            f"{attention_mask.shape}."
+        )
+    if not np.isin(attention_mask, (0, 1)).all():
+        raise InputError("attention_mask: expected 1 at real tokens and 0 at pads, nothing else.")
+    empty = np.flatnonzero(~attention_mask.any(axis=1))
+    if len(empty):
+        raise InputError(
+            f"Row {empty[0]} of the prompts is all padding: there is nothing to continue. "
+            "Give it at least one token, such as the bos_token."
+        )
+    check_ids(int(input_ids.min()), int(input_ids.max()), config.vocab_size)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a model call's arguments, by their shapes alone; the same messages in all backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from opt_core.config import OPTConfig
+from opt_core.errors import InputError
+
+Shape = Sequence[int | None]  # None: a dimension that is not known while tracing
+
+
+def check_call(
+    config: OPTConfig,
+    *,
+    input_ids: Shape | None,
+    inputs_embeds: Shape | None,
+    attention_mask: Shape | None,
+    position_ids: Shape | None,
+    head_mask: Shape | None,
+    past_length: int | None,
+    capacity: int | None,
+) -> None:
+    """Checks that the arguments of a call fit each other and the model.
+
+    Args:
+        input_ids .. head_mask: the arguments' shapes; None where not given.
+        past_length: cached columns in use; None if not known while tracing.
+        capacity: the columns of a fixed cache; None without one.
+
+    Raises:
+        InputError: says what was expected and what was found.
+    """
+    if input_ids is not None and inputs_embeds is not None:
+        raise InputError(
+            "You cannot specify both decoder_input_ids and decoder_inputs_embeds at the same time "
+            "(input_ids and inputs_embeds): give one of the two."
+        )
+    if input_ids is None and inputs_embeds is None:
+        raise InputError(
+            "You have to specify either decoder_input_ids or decoder_inputs_embeds "
+            "(input_ids or inputs_embeds)."
+        )
+    if input_ids is not None:
+        _check_rank("input_ids", input_ids, ("batch", "sequence"))
+        batch, length = input_ids
+    else:
+        embeds = tuple(inputs_embeds or ())
+        _check_rank("inputs_embeds", embeds, ("batch", "sequence", "word_embed_proj_dim"))
+        batch, length, width = embeds
+        if width is not None and width != config.word_embed_proj_dim:
+            raise InputError(
+                f"inputs_embeds: expected vectors of word_embed_proj_dim="
+                f"{config.word_embed_proj_dim} numbers, found {width}."
+            )
+    if position_ids is not None:
+        _check_equal("position_ids", position_ids, (batch, length))
+    _check_lengths(config, length, past_length, capacity, position_ids is not None)
+    if attention_mask is not None:
+        _check_rank("attention_mask", attention_mask, ("batch", "sequence"))
+        _check_mask(attention_mask, batch, length, past_length, capacity)
+    if head_mask is not None:
+        check_head_mask(config, head_mask)
+
+
+def check_head_mask(config: OPTConfig, shape: Shape) -> None:
+    """Raises InputError unless the head mask is [layers, heads]."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    if len(shape) and shape[0] not in (None, layers):
+        raise InputError(
+            f"The `head_mask` should be specified for {layers} layers, but it is for {shape[0]}."
+        )
+    if len(shape) != 2 or shape[1] not in (None, heads):
+        raise InputError(
+            f"Head mask for a single layer should be of size ({heads},), but is {tuple(shape[1:])}"
+        )
+
+
+def check_ids(smallest: int, largest: int, vocab_size: int, name: str = "input_ids") -> None:
+    """Raises InputError if ids lie outside the vocabulary."""
+    if smallest < 0 or largest >= vocab_size:
+        raise InputError(
+            f"{name} holds the token id {smallest if smallest < 0 else largest}, but the vocabulary "
+            f"has the ids 0 to {vocab_size - 1}. Is the tokenizer that of another model?"
+        )
+
+
+def check_positions(smallest: int, largest: int, max_positions: int) -> None:
+    """Raises InputError if explicit positions lie outside the position table; -1 stands for a pad."""
+    if smallest < -1 or largest >= max_positions:
+        raise InputError(
+            f"position_ids holds {smallest if smallest < -1 else largest}, but the position table "
+            f"has the positions 0 to {max_positions - 1} (and -1 for pads)."
+        )
+
+
+def _check_rank(name: str, shape: Shape, dims: tuple[str, ...]) -> None:
+    if len(shape) != len(dims):
+        raise InputError(
+            f"{name}: expected the dimensions ({', '.join(dims)}), found the shape {tuple(shape)}."
+        )
+
+
+def _check_equal(name: str, found: Shape, expected: Shape) -> None:
+    if len(found) != len(expected) or any(
+        f is not None and e is not None and f != e for f, e in zip(found, expected, strict=True)
+    ):
+        raise InputError(f"{name}: expected the shape {tuple(expected)}, found {tuple(found)}.")
+
+
+def _check_lengths(
+    config: OPTConfig,
+    length: int | None,
+    past_length: int | None,
+    capacity: int | None,
+    explicit_positions: bool,
+) -> None:
+    if length is None or past_length is None:
+        return
+    total = past_length + length
+    if total > config.max_position_embeddings and not explicit_positions:
+        raise InputError(
+            f"The sequence has {total} tokens, but the position table only "
+            f"{config.max_position_embeddings} (max_position_embeddings). Shorten the input."
+        )
+    if capacity is not None and total > capacity:
+        raise InputError(
+            f"The cache has room for {capacity} tokens, but {past_length} are in it and {length} "
+            "were given. Make a longer one with init_cache."
+        )
+
+
+def _check_mask(
+    shape: Shape,
+    batch: int | None,
+    length: int | None,
+    past_length: int | None,
+    capacity: int | None,
+) -> None:
+    _check_equal("attention_mask (batch)", shape[:1], (batch,))
+    found = shape[1]
+    if found is None or found == capacity or length is None or past_length is None:
+        return
+    if found != past_length + length:
+        raise InputError(
+            f"The provided attention mask has length {found}, but its length should be "
+            f"{past_length + length} (sum of the lengths of current and past inputs)"
+        )

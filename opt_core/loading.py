@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holds a checkpoint against the parameter table before a byte of it is read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from opt_core.checkpoints.tensors import LazyTensor
+from opt_core.config import PRESETS, OPTConfig
+from opt_core.dialects import Dialect, recognise
+from opt_core.dtypes import dtype_name
+from opt_core.errors import CheckpointError
+from opt_core.params import ARCHITECTURES, TIED_HEAD_NAME, Param, param_table
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter's values lie: a tensor of the checkpoint, perhaps stored transposed."""
+
+    param: Param
+    tensor: LazyTensor
+    transposed: bool  # with respect to the canonical layout
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in canonical layout."""
+        return self.tensor.shape[::-1] if self.transposed else self.tensor.shape
+
+    def read(self, framework: str) -> np.ndarray:
+        """A fresh contiguous array in that framework's layout and the file's dtype."""
+        array = self.tensor.read()
+        return np.ascontiguousarray(array.T if self._turns(framework) else array)
+
+    def map(self, framework: str) -> np.ndarray:
+        """As `read`, but a view on the file where it already holds the framework's layout."""
+        return self.read(framework) if self._turns(framework) else self.tensor.map()
+
+    def _turns(self, framework: str) -> bool:
+        return self.transposed != self.param.transposed(framework)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a checkpoint lacks, has beyond the table, or has in another shape; canonical names."""
+
+    missing: tuple[str, ...] = ()
+    missing_head: tuple[str, ...] = ()  # a checkpoint of the base model: the head starts anew
+    unexpected: tuple[str, ...] = ()
+    other_heads: tuple[str, ...] = ()  # known, but of another class of model
+    mismatched: tuple[str, ...] = ()  # one explanation each
+    mismatched_names: tuple[str, ...] = ()
+
+    def check(self, *, ignore_mismatched_sizes: bool, tolerate: bool, where: object) -> None:
+        """Raises about what cannot be loaded, warns about a head that starts anew.
+
+        Args:
+            ignore_mismatched_sizes: tensors of another shape keep their initial values.
+            tolerate: the caller takes the report itself; only shapes are still an error.
+
+        Raises:
+            CheckpointError: missing, unexpected or mismatched tensors.
+        """
+        if self.mismatched and not ignore_mismatched_sizes:
+            raise CheckpointError(
+                f"{where} does not fit the configuration:\n  "
+                + "\n  ".join(_shorten(self.mismatched))
+                + "\nWith ignore_mismatched_sizes=True these keep their initial values."
+            )
+        if tolerate:
+            return
+        if self.missing:
+            raise CheckpointError(
+                f"{where} lacks {len(self.missing)} tensors that the configuration asks for: "
+                f"{', '.join(_shorten(self.missing))}. Is a shard missing, or num_hidden_layers, "
+                "enable_bias or another option of config.json wrong? output_loading_info=True "
+                "loads the rest and reports."
+            )
+        if self.unexpected:
+            raise CheckpointError(
+                f"{where} holds {len(self.unexpected)} tensors that the configuration has no place "
+                f"for: {', '.join(_shorten(self.unexpected))}. Is num_hidden_layers, enable_bias "
+                "or another option of config.json wrong? output_loading_info=True loads the rest "
+                "and reports."
+            )
+        if self.missing_head:
+            warnings.warn(
+                f"{where} has no {', '.join(self.missing_head)}: initialised anew. Train the model "
+                "before you use this head.",
+                stacklevel=4,
+            )
+
+    def loading_info(self) -> dict[str, list[str]]:
+        """The report under the keys of the reference's `output_loading_info`."""
+        return {
+            "missing_keys": [*self.missing, *self.missing_head],
+            "unexpected_keys": [*self.unexpected, *self.other_heads],
+            "mismatched_keys": list(self.mismatched_names),
+            "error_msgs": [],
+        }
+
+
+def match(
+    config: OPTConfig, architecture: str, tensors: Mapping[str, LazyTensor]
+) -> tuple[dict[str, Source], LoadReport]:
+    """Finds each parameter of the model among the checkpoint's tensors.
+
+    Returns:
+        The sources by canonical name (only those that fit), and the report of all else.
+
+    Raises:
+        CheckpointError: not an OPT checkpoint, or one parameter under two names.
+    """
+    table = param_table(config, architecture)
+    dialect = recognise(tensors, table[0])
+    sources: dict[str, Source] = {}
+    missing: list[Param] = []
+    mismatched: dict[str, str] = {}
+    used: set[str] = set()
+    for param in table:
+        name = _find(dialect, param, tensors)
+        if name is None:
+            missing.append(param)
+            continue
+        used.add(name)
+        source = Source(param, tensors[name], dialect.transposed(param))
+        if source.shape == param.shape:
+            sources[param.name] = source
+        else:
+            mismatched[param.name] = _explain_mismatch(config, source)
+    used.update(_tied_copies(config, architecture, dialect))
+    rest = [name for name in tensors if name not in used and not dialect.drops(name)]
+    known = {s for param in _other_heads(config, architecture) for s in dialect.spellings(param)}
+    return sources, LoadReport(
+        missing=tuple(param.name for param in missing if param.in_base_model),
+        missing_head=tuple(param.name for param in missing if not param.in_base_model),
+        unexpected=tuple(name for name in rest if name not in known),
+        other_heads=tuple(name for name in rest if name in known),
+        mismatched=tuple(mismatched.values()),
+        mismatched_names=tuple(mismatched),
+    )
+
+
+def _find(dialect: Dialect, param: Param, tensors: Mapping[str, LazyTensor]) -> str | None:
+    found = [name for name in dialect.spellings(param) if name in tensors]
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{param.name} is stored {len(found)} times, as {' and '.join(found)}: "
+            "only one of them can be right. Remove the others from the checkpoint."
+        )
+    return found[0] if found else None
+
+
+def _other_heads(config: OPTConfig, architecture: str) -> Iterator[Param]:
+    """Head parameters of the other classes of model."""
+    untied = config.replace(tie_word_embeddings=False)
+    for other in ARCHITECTURES:
+        if other != architecture:
+            yield from (p for p in param_table(untied, other) if not p.in_base_model)
+
+
+def _tied_copies(config: OPTConfig, architecture: str, dialect: Dialect) -> Iterator[str]:
+    """The names under which some files store the tied head a second time."""
+    if config.tie_word_embeddings:
+        for param in param_table(config.replace(tie_word_embeddings=False), architecture):
+            if param.name == TIED_HEAD_NAME:
+                yield from dialect.spellings(param)
+
+
+def _explain_mismatch(config: OPTConfig, source: Source) -> str:
+    param, info = source.param, source.tensor.info
+    alike = [p for p in PRESETS if param.spec.shape(OPTConfig.preset(p)) == source.shape]
+    hint = f" The checkpoint looks like {' or '.join(alike)}; check the config." if alike else ""
+    return (
+        f"{param.name}: expected {param.shape} from config.json ({param.spec.explain(config)}), "
+        f"found {source.shape} in {info.file.name}.{hint}"
+    )
+
+
+def resolve_dtype(dtype: Any, config: OPTConfig, tensors: Mapping[str, LazyTensor]) -> str:
+    """The name of the dtype to load in: the one asked for; float32 by default; of "auto", the
+    config's `torch_dtype`, else that of the checkpoint's first tensor.
+    """
+    if dtype is None:
+        return "float32"
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = config.torch_dtype or next(iter(tensors.values())).dtype
+    return dtype_name(dtype)
+
+
+def _shorten(names: tuple[str, ...], most: int = 8) -> list[str]:
+    return [*names[:most], f"and {len(names) - most} more"] if len(names) > most else list(names)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`from_pretrained` and `save_pretrained` up to the point where a framework is needed."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_core.checkpoints import CheckpointReader, CheckpointWriter, TensorInfo
+from opt_core.config import CONFIG_NAME, FIELDS, OPTConfig
+from opt_core.errors import InputError
+from opt_core.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+from opt_core.hub import resolve
+from opt_core.loading import LoadReport, Source, match, resolve_dtype
+from opt_core.params import Param
+
+#: Where a model is looked for; arguments of `opt_core.hub.resolve`.
+HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
+#: Accepted from code written for transformers, and without effect: loading is always lazy, safe
+#: formats come first, and a file's own names tell which framework wrote it.
+HINTS = ("low_cpu_mem_usage", "use_safetensors", "from_pt", "from_tf", "from_flax")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A checkpoint that fits its configuration: what a backend needs to build and fill a model."""
+
+    config: OPTConfig
+    generation_config: GenerationConfig
+    dtype: str  # name of the dtype to load in
+    reader: CheckpointReader
+    sources: dict[str, Source]
+    report: LoadReport
+
+
+def open_pretrained(
+    name_or_path: str | os.PathLike[str],
+    architecture: str,
+    *,
+    config: OPTConfig | str | os.PathLike[str] | None = None,
+    dtype: Any = None,
+    torch_dtype: Any = None,
+    ignore_mismatched_sizes: bool = False,
+    output_loading_info: bool = False,
+    **options: Any,
+) -> Pretrained:
+    """Finds a checkpoint, reads its configuration and holds its tensors against the table.
+
+    Args:
+        name_or_path: a directory, or the name of a model on the hub.
+        architecture: the class to load, by its name in PyTorch.
+        config: a configuration instead of the checkpoint's own, or where to find one.
+        dtype: to load in: a dtype of any framework, its name, or "auto"; float32 by default.
+        torch_dtype: the same, by its older name.
+        ignore_mismatched_sizes: tensors of another shape keep their initial values.
+        output_loading_info: the caller takes the report of missing and unexpected tensors itself.
+        options: where to look (revision, subfolder, token, cache_dir, local_files_only,
+            force_download), and fields of the configuration to override.
+
+    Raises:
+        HubError: nothing found under that name.
+        ConfigError: an invalid configuration.
+        InputError: an option that does not exist.
+        CheckpointError: tensors are missing, unexpected or of another shape.
+        FormatError: a damaged or unsafe file.
+    """
+    hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+    for hint in HINTS:
+        options.pop(hint, None)
+    directory = resolve(name_or_path, **hub)
+    config = _config(name_or_path, directory, config, options)
+    reader = CheckpointReader.open(directory)
+    sources, report = match(config, architecture, reader)
+    report.check(
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+        tolerate=output_loading_info,
+        where=name_or_path,
+    )
+    name = resolve_dtype(dtype if torch_dtype is None else torch_dtype, config, reader)
+    config.torch_dtype = name
+    generation_config = GenerationConfig.from_model_config(config)
+    if (directory / GENERATION_CONFIG_NAME).is_file():
+        generation_config = GenerationConfig.from_json_file(directory / GENERATION_CONFIG_NAME)
+    return Pretrained(config, generation_config, name, reader, sources, report)
+
+
+def _config(
+    name_or_path: str | os.PathLike[str],
+    directory: Path,
+    config: OPTConfig | str | os.PathLike[str] | None,
+    overrides: dict[str, Any],
+) -> OPTConfig:
+    for name in overrides:
+        if name not in (*FIELDS, "num_labels"):
+            known = [*FIELDS, *HUB_OPTIONS, "dtype", "num_labels", "attn_implementation"]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"from_pretrained has no option {name!r}.{hint}")
+    overrides = {"_name_or_path": str(name_or_path), **overrides}
+    if isinstance(config, OPTConfig):
+        return config.replace(**overrides)
+    source = directory if config is None else config
+    if Path(source).is_file():
+        return OPTConfig.from_json_file(source, **overrides)
+    return OPTConfig.from_pretrained(source, **overrides)
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str],
+    config: OPTConfig,
+    generation_config: GenerationConfig,
+    architecture: str,
+    tensors: Iterable[tuple[Param, np.dtype[Any], Callable[[], np.ndarray]]],
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes a model in the one canonical spelling, whatever framework it comes from.
+
+    Args:
+        directory: made if need be; a former checkpoint in it is replaced when all is written.
+        tensors: each parameter in table order, its dtype, and a function that gives its values in
+            canonical layout; called one at a time.
+        max_shard_size: bytes, or such as "5GB"; a larger model is written as shards with an index.
+
+    Raises:
+        InputError: a size that cannot be read.
+        OSError: the directory cannot be written; what was there before stays.
+    """
+    directory = Path(directory)
+    rows = list(tensors)
+    directory.mkdir(parents=True, exist_ok=True)
+    infos = [
+        TensorInfo(param.name, dtype, param.shape, directory / "model.safetensors")
+        for param, dtype, _ in rows
+    ]
+    with CheckpointWriter(directory, infos, max_shard_size=max_shard_size) as writer:
+        for param, _, read in rows:
+            writer.write(param.name, read())
+    dtype = str(rows[0][1])
+    config.replace(architectures=[architecture], torch_dtype=dtype).save_pretrained(directory)
+    generation_config.save_pretrained(directory)
+
+
+__all__ = ["CONFIG_NAME", "Pretrained", "open_pretrained", "save_pretrained"]

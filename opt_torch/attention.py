@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head self-attention, and the kernels that it can run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from opt_core import OPTConfig
+from torch import Tensor, nn
+
+from opt_torch.cache import LayerCache
+
+
+def eager_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    head_mask: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention in plain operations, the only kernel that shows its weights and masks heads.
+
+    Args:
+        query: [B, T, N, H], already scaled.
+        key, value: [B, S, N, H].
+        bias: [B or 1, 1, T, S] or None.
+        is_causal: not used: the caller gives this kernel a bias instead.
+        head_mask: [N], or any shape that broadcasts to [B, N, T, S].
+
+    Returns:
+        Context [B, T, N, H] and weights [B, N, T, S] (after the head mask, before dropout).
+    """
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, N, T or S, H]
+    scores = query @ key.transpose(2, 3)  # [B, N, T, S]
+    if bias is not None:
+        scores = torch.clamp(scores + bias, min=torch.finfo(scores.dtype).min)
+    # Softmax in float32 whenever the activations have 16 bits.
+    weights = F.softmax(scores, dim=-1, dtype=_at_least_float32(scores.dtype)).to(value.dtype)
+    if head_mask is not None:
+        weights = weights * head_mask
+    context = F.dropout(weights, dropout) @ value if dropout else weights @ value  # [B, N, T, H]
+    return context.transpose(1, 2), weights
+
+
+def sdpa_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    head_mask: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, Tensor | None]:
+    """PyTorch's fused attention; arguments and results as `eager_attention`, without weights."""
+    context = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        attn_mask=bias,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=1.0,
+    )
+    return context.transpose(1, 2), None
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+AttentionKernel = Callable[..., tuple[Tensor, Tensor | None]]
+KERNELS: Mapping[str, AttentionKernel] = {"eager": eager_attention, "sdpa": sdpa_attention}
+DEFAULT_KERNEL = "sdpa"
+
+
+class OPTAttention(nn.Module):
+    """Self-attention of one layer."""
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.dropout = config.attention_dropout
+        self.scaling = self.head_dim**-0.5
+        size, bias = config.hidden_size, config.enable_bias
+        self.q_proj = nn.Linear(size, size, bias=bias)
+        self.k_proj = nn.Linear(size, size, bias=bias)
+        self.v_proj = nn.Linear(size, size, bias=bias)
+        self.out_proj = nn.Linear(size, size, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        kernel: AttentionKernel,
+        bias: Tensor | None = None,
+        is_causal: bool = False,
+        head_mask: Tensor | None = None,
+        past: LayerCache | None = None,
+        past_length: int | None = None,
+    ) -> tuple[Tensor, Tensor | None, LayerCache]:
+        """[B, T, D] -> output [B, T, D], weights [B, N, T, S] or None, the extended cache."""
+        # The query is scaled after its bias and before the product.
+        query = self._split_heads(self.q_proj(hidden_states) * self.scaling)  # [B, T, N, H]
+        key = self._split_heads(self.k_proj(hidden_states))  # [B, T, N, H]
+        value = self._split_heads(self.v_proj(hidden_states))  # [B, T, N, H]
+
+        cache = LayerCache(key, value)
+        if past is not None:
+            cache = past.extended(key, value, past_length)
+            key, value = cache.key, cache.value  # [B, S, N, H]
+            if past_length is not None:
+                used = past_length + query.shape[1]
+                key, value = key[:, :used], value[:, :used]
+
+        dropout = self.dropout if self.training else 0.0
+        context, weights = kernel(query, key, value, bias, is_causal, head_mask, dropout)
+        output = self.out_proj(context.flatten(2))  # [B, T, D]
+        return output, weights, cache
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, D] -> [B, T, N, H]

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys and values of past tokens: an explicit value, passed in and handed back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys and values, each [B, S, N, H]."""
+
+    key: Tensor
+    value: Tensor
+
+    def extended(self, key: Tensor, value: Tensor, length: int | None) -> LayerCache:
+        """The cache with T more columns: appended, or written at column `length` of the buffers."""
+        if length is None:
+            return LayerCache(
+                torch.cat([self.key, key], dim=1), torch.cat([self.value, value], dim=1)
+            )
+        self.key[:, length : length + key.shape[1]] = key
+        self.value[:, length : length + value.shape[1]] = value
+        return self
+
+
+@dataclass(frozen=True)
+class KVCache(Sequence[tuple[Tensor, Tensor]]):
+    """The cache of all layers.
+
+    A *growing* cache (`length` None) has just the columns in use, and is copied at each extension.
+    A *fixed* cache has buffers for a maximal length, of which the first `length` columns are in use;
+    they are written in place. As a sequence, a cache is the reference's `past_key_values`: per layer
+    a pair (key, value), each [B, N, S, H].
+    """
+
+    layers: tuple[LayerCache, ...]
+    length: int | None = None
+
+    @classmethod
+    def fixed(
+        cls,
+        num_layers: int,
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVCache:
+        """Empty buffers of `shape` [B, S, N, H] for every layer."""
+        layers = tuple(
+            LayerCache(
+                torch.zeros(shape, dtype=dtype, device=device),
+                torch.zeros(shape, dtype=dtype, device=device),
+            )
+            for _ in range(num_layers)
+        )
+        return cls(layers, 0)
+
+    @classmethod
+    def from_pairs(cls, pairs: Any) -> KVCache:
+        """A growing cache from the reference's tuples, or the cache itself where it is one."""
+        if isinstance(pairs, KVCache):
+            return pairs
+        return cls(tuple(LayerCache(k.transpose(1, 2), v.transpose(1, 2)) for k, v in pairs))
+
+    def advanced(self, layers: tuple[LayerCache, ...], length: int) -> KVCache:
+        """This cache with the layers after `length` more tokens."""
+        return KVCache(layers, None if self.length is None else self.length + length)
+
+    @property
+    def capacity(self) -> int:
+        return self.layers[0].key.shape[1] if self.layers else 0
+
+    @property
+    def used(self) -> int:
+        """The number of columns in use."""
+        return self.capacity if self.length is None else self.length
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self)[index]
+        layer = self.layers[index]
+        key, value = layer.key[:, : self.used], layer.value[:, : self.used]
+        return key.transpose(1, 2), value.transpose(1, 2)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[index] for index in range(len(self)))

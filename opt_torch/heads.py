@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models with a head on top."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from opt_core import OPTConfig
+from opt_core.outputs import CausalLMOutput
+from torch import Tensor, nn
+
+from opt_torch.model import OPTModel
+from opt_torch.pretrained import OPTPreTrainedModel
+
+
+class OPTForCausalLM(OPTPreTrainedModel):
+    """OPT with a language modelling head, by default tied to the word embeddings."""
+
+    architecture = "OPTForCausalLM"
+
+    def __init__(self, config: OPTConfig, *, attn_implementation: str | None = None) -> None:
+        super().__init__(config, attn_implementation)
+        self.model = OPTModel(config, attn_implementation=self.attn_implementation)
+        self.lm_head = nn.Linear(config.word_embed_proj_dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+    ) -> CausalLMOutput | tuple[Any, ...]:
+        """Runs the model; arguments as `OPTModel.forward`, and
+
+        Args:
+            labels: [B, T] token ids, -100 where none counts; shifted here, not by the caller.
+
+        Returns:
+            `loss` (with labels), `logits` [B, T, V], and the optional fields of `OPTModel`.
+
+        Raises:
+            InputError: arguments that do not fit each other or the model.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            head_mask=head_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            position_ids=position_ids,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)  # [B, T, V]
+        output = CausalLMOutput(
+            loss=None if labels is None else causal_lm_loss(logits, labels),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of each token given those before it; labels of -100 do not count.
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T].
+    """
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=-100
+    )

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the attention mask: each token's position, and which keys each query may see."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def positions_from_mask(attention_mask: Tensor, past_length: int) -> Tensor:
+    """Each token's index among the real tokens of its row; -1 at pads.
+
+    `modeling_opt.py:97-107` of the reference: cumsum(mask) * mask - 1, then the part beyond the past.
+
+    Args:
+        attention_mask: [B, S], 1 at real tokens and 0 at pads.
+
+    Returns:
+        [B, T] with T = S - past_length, int64.
+    """
+    mask = attention_mask.long()
+    return (torch.cumsum(mask, dim=1) * mask - 1)[:, past_length:]
+
+
+def attention_bias(
+    attention_mask: Tensor | None,
+    query_length: int,
+    key_length: int,
+    past_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """0 where a query may see a key, the dtype's lowest finite number where it may not.
+
+    The lowest finite number, not -inf: a row in which every key is masked stays finite.
+
+    Args:
+        attention_mask: [B, S], 1 at real tokens; None where all are real.
+
+    Returns:
+        [B or 1, 1, T, S].
+    """
+    query = past_length + torch.arange(query_length, device=device)[:, None]  # [T, 1]
+    key = torch.arange(key_length, device=device)  # [S]
+    visible = (key <= query)[None, None]  # [1, 1, T, S]
+    if attention_mask is not None:
+        visible = visible & (attention_mask == 1)[:, None, None, :]  # [B, 1, T, S]
+    bias = torch.zeros(visible.shape, dtype=dtype, device=device)
+    return bias.masked_fill(~visible, torch.finfo(dtype).min)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder and the bare model."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from opt_core import OPTConfig
+from opt_core.inputs import check_call, check_ids, check_positions
+from opt_core.outputs import BaseModelOutput
+from opt_core.params import has_final_norm, projects_embeddings
+from torch import Tensor, nn
+
+from opt_torch.attention import DEFAULT_KERNEL, KERNELS, AttentionKernel
+from opt_torch.cache import KVCache, LayerCache
+from opt_torch.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
+from opt_torch.masks import attention_bias, positions_from_mask
+from opt_torch.pretrained import OPTPreTrainedModel
+
+
+class OPTDecoder(nn.Module):
+    """Token and position embeddings, the layers, the final norm."""
+
+    def __init__(self, config: OPTConfig, attn_implementation: str = DEFAULT_KERNEL) -> None:
+        super().__init__()
+        self.config = config
+        self.attn_implementation = attn_implementation
+        self.layerdrop = config.layerdrop
+        embed = config.word_embed_proj_dim
+        self.embed_tokens = nn.Embedding(config.vocab_size, embed, config.pad_token_id)
+        self.embed_positions = OPTLearnedPositionalEmbedding(config)
+        # opt-350m has narrower word embeddings, projected to the hidden size and back.
+        self.project_in: nn.Linear | None = None
+        self.project_out: nn.Linear | None = None
+        if projects_embeddings(config):
+            self.project_in = nn.Linear(embed, config.hidden_size, bias=False)
+            self.project_out = nn.Linear(config.hidden_size, embed, bias=False)
+        # No final norm in a post-norm model, nor where `_remove_final_layer_norm` says so.
+        self.final_layer_norm = layer_norm(config) if has_final_norm(config) else None
+        self.layers = nn.ModuleList(
+            OPTDecoderLayer(config) for _ in range(config.num_hidden_layers)
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+    ) -> BaseModelOutput | tuple[Any, ...]:
+        """Arguments and result as `OPTModel.forward`."""
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        return_dict = config.return_dict if return_dict is None else return_dict
+        past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
+        past_length = 0 if past is None else past.used
+        self._check(input_ids, inputs_embeds, attention_mask, position_ids, head_mask, past)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # [B, T, E]
+        length = inputs_embeds.shape[1]
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, : past_length + length]  # of a fixed cache: longer
+        if position_ids is None:
+            position_ids = self._positions(attention_mask, length, past_length)
+        hidden_states = self._embed(inputs_embeds, position_ids)
+        kernel = self._kernel(output_attentions, head_mask)
+        bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past_length)
+        hidden_states, cache, all_hidden_states, all_attentions = self._run_layers(
+            hidden_states, kernel, bias, is_causal, head_mask, past
+        )
+        output = BaseModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=cache if use_cache else None,
+            hidden_states=all_hidden_states if output_hidden_states else None,
+            attentions=all_attentions if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _embed(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, T, E] -> [B, T, D]"""
+        hidden_states = inputs_embeds
+        if self.project_in is not None:
+            hidden_states = self.project_in(hidden_states)
+        return hidden_states + self.embed_positions(position_ids)
+
+    def _run_layers(
+        self,
+        hidden_states: Tensor,
+        kernel: AttentionKernel,
+        bias: Tensor | None,
+        is_causal: bool,
+        head_mask: Tensor | None,
+        past: KVCache | None,
+    ) -> tuple[Tensor, KVCache, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Returns the output [B, T, E], the cache, every layer's input and attention weights."""
+        all_hidden_states: tuple[Tensor, ...] = ()
+        all_attentions: tuple[Tensor, ...] = ()
+        caches: tuple[LayerCache, ...] = ()
+        for index, layer in enumerate(self.layers):
+            all_hidden_states += (hidden_states,)
+            if self.training and self.layerdrop and torch.rand([]) < self.layerdrop:
+                continue
+            hidden_states, weights, cache = layer(
+                hidden_states,
+                kernel,
+                bias,
+                is_causal,
+                None if head_mask is None else head_mask[index][:, None, None],  # [N, 1, 1]
+                None if past is None else past.layers[index],
+                None if past is None else past.length,
+            )
+            caches += (cache,)
+            if weights is not None:
+                all_attentions += (weights,)
+        length = hidden_states.shape[1]
+        if self.final_layer_norm is not None:
+            hidden_states = self.final_layer_norm(hidden_states)
+        if self.project_out is not None:
+            hidden_states = self.project_out(hidden_states)
+        all_hidden_states += (hidden_states,)
+        return (
+            hidden_states,
+            KVCache(caches) if past is None else past.advanced(caches, length),
+            all_hidden_states,
+            all_attentions,
+        )
+
+    def _bias(
+        self,
+        kernel: AttentionKernel,
+        attention_mask: Tensor | None,
+        hidden_states: Tensor,
+        past_length: int,
+    ) -> tuple[Tensor | None, bool]:
+        """The bias [B or 1, 1, T, S] and the causal flag that the kernel needs, as few as possible."""
+        length = hidden_states.shape[1]
+        if attention_mask is None:
+            if length == 1:  # one query sees all keys
+                return None, False
+            if past_length == 0 and kernel is not KERNELS["eager"]:
+                return None, True
+        total = past_length + length
+        dtype, device = hidden_states.dtype, hidden_states.device
+        return attention_bias(attention_mask, length, total, past_length, dtype, device), False
+
+    def _positions(
+        self, attention_mask: Tensor | None, length: int, past_length: int
+    ) -> Tensor:
+        """[B or 1, T]. Positions count a row's real tokens, so padding on the left shifts none."""
+        if attention_mask is not None:
+            return positions_from_mask(attention_mask, past_length)
+        device = self.embed_positions.weight.device
+        return torch.arange(past_length, past_length + length, device=device)[None]
+
+    def _kernel(self, output_attentions: bool, head_mask: Tensor | None) -> AttentionKernel:
+        if (output_attentions or head_mask is not None) and self.attn_implementation != "eager":
+            if not torch.compiler.is_compiling():
+                _warn_fallback(self.attn_implementation)
+            return KERNELS["eager"]
+        return KERNELS[self.attn_implementation]
+
+    def _check(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        head_mask: Tensor | None,
+        past: KVCache | None,
+    ) -> None:
+        check_call(
+            self.config,
+            input_ids=None if input_ids is None else input_ids.shape,
+            inputs_embeds=None if inputs_embeds is None else inputs_embeds.shape,
+            attention_mask=None if attention_mask is None else attention_mask.shape,
+            position_ids=None if position_ids is None else position_ids.shape,
+            head_mask=None if head_mask is None else head_mask.shape,
+            past_length=0 if past is None else past.used,
+            capacity=None if past is None or past.length is None else past.capacity,
+        )
+        # The values can be looked at only where that costs no graph break and no synchronisation.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        if input_ids is not None and input_ids.device.type == "cpu" and input_ids.numel():
+            check_ids(int(input_ids.min()), int(input_ids.max()), self.config.vocab_size)
+        if position_ids is not None and position_ids.device.type == "cpu" and position_ids.numel():
+            limit = self.config.max_position_embeddings
+            check_positions(int(position_ids.min()), int(position_ids.max()), limit)
+
+
+_fallbacks_told: set[str] = set()
+
+
+def _warn_fallback(attn_implementation: str) -> None:
+    if attn_implementation not in _fallbacks_told:
+        _fallbacks_told.add(attn_implementation)
+        warnings.warn(
+            f"attn_implementation={attn_implementation!r} neither shows attention weights nor masks "
+            "heads: such calls run 'eager' instead (said once).",
+            stacklevel=2,
+        )
+
+
+class OPTModel(OPTPreTrainedModel):
+    """The bare OPT model: hidden states, no head on top."""
+
+    architecture = "OPTModel"
+
+    def __init__(self, config: OPTConfig, *, attn_implementation: str | None = None) -> None:
+        super().__init__(config, attn_implementation)
+        self.decoder = OPTDecoder(config, self.attn_implementation)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+    ) -> BaseModelOutput | tuple[Any, ...]:
+        """Runs the decoder.
+
+        Args:
+            input_ids: [B, T] token ids; either these or `inputs_embeds`.
+            attention_mask: [B, S], 1 at real tokens, 0 at pads; S counts past tokens too.
+            head_mask: [L, N] factors of the attention weights.
+            past_key_values: a `KVCache`, or per layer a pair of [B, N, S, H].
+            inputs_embeds: [B, T, E], in the space of the word embeddings.
+            use_cache: whether to return `past_key_values`.
+            output_attentions: whether to return weights, per layer [B, N, T, S].
+            output_hidden_states: whether to return each layer's input and the last output.
+            return_dict: False for a tuple of the computed fields.
+            position_ids: [B, T]; by default counted from the attention mask.
+
+        Returns:
+            `last_hidden_state` [B, T, E], `past_key_values`, `hidden_states`, `attentions`.
+
+        Raises:
+            InputError: arguments that do not fit each other or the model.
+        """
+        return self.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            head_mask=head_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            position_ids=position_ids,
+        )
+

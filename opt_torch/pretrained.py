@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every model class can do besides running: load, save, generate."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar, Self
+
+import torch
+from opt_core import GenerationConfig, InputError, OPTConfig
+from opt_core.params import num_parameters, param_table
+from opt_core.pretrained import open_pretrained, save_pretrained
+from torch import Tensor, nn
+
+from opt_torch.attention import DEFAULT_KERNEL, KERNELS
+from opt_torch.cache import KVCache
+from opt_torch.generation.generate import generate
+from opt_torch.weights import assign, canonical_arrays, initialize
+
+
+class OPTPreTrainedModel(nn.Module):
+    """The common part of the model classes."""
+
+    architecture: ClassVar[str]
+    base_model_prefix = "model"
+
+    def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
+        if not isinstance(config, OPTConfig):
+            raise InputError(
+                f"{type(self).__name__} expects an OPTConfig, found {type(config).__name__}. To load "
+                f"a checkpoint, call {type(self).__name__}.from_pretrained(name_or_path)."
+            )
+        if attn_implementation not in (None, *KERNELS):
+            raise InputError(
+                f"Unknown attn_implementation {attn_implementation!r}: expected one of {[*KERNELS]}."
+            )
+        super().__init__()
+        self.config = config
+        self.attn_implementation = attn_implementation or DEFAULT_KERNEL
+        self.generation_config = GenerationConfig.from_model_config(config)
+
+    def post_init(self) -> None:
+        """Draws the initial values of what this class adds to its base model, and ties the head."""
+        is_base = self.architecture == "OPTModel"
+        table = param_table(self.config, self.architecture)
+        added = tuple(p for p in table if is_base or not p.in_base_model)
+        initialize(self, self.config, added, self.architecture)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes the head the embedding again, where the configuration ties the two."""
+        head = self.get_output_embeddings()
+        if head is not None and self.config.tie_word_embeddings:
+            head.weight = self.get_input_embeddings().weight
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        base = self if self.architecture == "OPTModel" else self.model
+        return base.decoder.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.get_input_embeddings().weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.get_input_embeddings().weight.device
+
+    def num_parameters(self) -> int:
+        """The number of scalars, the tied head counted once."""
+        return num_parameters(self.config, self.architecture)
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty fixed cache, to be passed as `past_key_values`."""
+        config = self.config
+        shape = (batch_size, max_length, config.num_attention_heads, config.head_dim)
+        return KVCache.fixed(config.num_hidden_layers, shape, self.dtype, self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        attn_implementation: str | None = None,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Self | tuple[Self, dict[str, list[str]]]:
+        """Loads a checkpoint from a directory or from the hub, in evaluation mode.
+
+        Args:
+            name_or_path: a directory, or the name of a model on the hub.
+            attn_implementation: "sdpa" (the default) or "eager".
+            output_loading_info: returns (model, report) instead of raising about missing or
+                unexpected tensors.
+            options: `dtype`, `config`, `ignore_mismatched_sizes`, hub options and configuration
+                overrides: see `opt_core.pretrained.open_pretrained`, which also lists the errors.
+        """
+        pretrained = open_pretrained(
+            name_or_path, cls.architecture, output_loading_info=output_loading_info, **options
+        )
+        config = pretrained.config
+        with torch.device("meta"):
+            model = cls(config, attn_implementation=attn_implementation)
+        dtype = getattr(torch, pretrained.dtype)
+        assign(model, config, cls.architecture, pretrained.sources, dtype)
+        model.tie_weights()
+        model.generation_config = pretrained.generation_config
+        model.eval()
+        return (model, pretrained.report.loading_info()) if output_loading_info else model
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Writes config, generation config and canonical safetensors into `directory`.
+
+        Args:
+            directory: made if need be.
+            max_shard_size: bytes, or such as "5GB".
+        """
+        tensors = canonical_arrays(self, self.config, self.architecture)
+        save_pretrained(
+            directory,
+            self.config,
+            self.generation_config,
+            self.architecture,
+            tensors,
+            max_shard_size=max_shard_size,
+        )
+
+    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
+        """Continues the prompts; see `opt_torch.generation.generate.generate`."""
+        return generate(self, input_ids, **options)

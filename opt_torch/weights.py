@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between the parameter table and the modules: initial values, assigning, reading back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+import torch
+from opt_core import OPTConfig
+from opt_core.loading import Source
+from opt_core.params import Kind, Param, param_table
+from torch import Tensor, nn
+
+INITIAL_VALUES: Mapping[Kind, Callable[[Tensor, float], Tensor]] = {
+    Kind.LINEAR: lambda tensor, std: tensor.normal_(0.0, std),
+    Kind.BIAS: lambda tensor, std: tensor.zero_(),
+    Kind.EMBEDDING: lambda tensor, std: tensor.normal_(0.0, std),
+    Kind.NORM_SCALE: lambda tensor, std: tensor.fill_(1.0),
+    Kind.NORM_BIAS: lambda tensor, std: tensor.zero_(),
+}
+
+
+def find_parameter(model: nn.Module, param: Param, architecture: str) -> tuple[nn.Module, str]:
+    """The module that owns the parameter, and the parameter's name there."""
+    *parents, leaf = param.path("torch", architecture)
+    return model.get_submodule(".".join(parents)), leaf
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, config: OPTConfig, params: tuple[Param, ...], arch: str) -> None:
+    """Draws N(0, init_std) for matrices, zeros biases and the pad row, sets norms to one.
+
+    `modeling_opt.py:626-635` of the reference.
+    """
+    for param in params:
+        module, leaf = find_parameter(model, param, arch)
+        tensor = module.get_parameter(leaf)
+        INITIAL_VALUES[param.spec.kind](tensor, config.init_std)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            tensor[module.padding_idx].zero_()
+
+
+def assign(
+    model: nn.Module, config: OPTConfig, arch: str, sources: Mapping[str, Source], dtype: torch.dtype
+) -> None:
+    """Replaces the parameters of a model on the meta device by the checkpoint's, one at a time.
+
+    A tensor that the file holds in `dtype` becomes a view on the file: its pages are read when they
+    are first touched, and copied when they are first written.
+    """
+    for param in param_table(config, arch):
+        module, leaf = find_parameter(model, param, arch)
+        if param.name in sources:
+            tensor = to_tensor(sources[param.name], dtype)
+        else:
+            tensor = torch.empty(param.shape, dtype=dtype, device="cpu")
+        module.register_parameter(leaf, nn.Parameter(tensor))
+    missing = tuple(p for p in param_table(config, arch) if p.name not in sources)
+    initialize(model, config, missing, arch)
+
+
+def to_tensor(source: Source, dtype: torch.dtype) -> Tensor:
+    """The parameter in `dtype`, as a view on the file where that is the file's own."""
+    stored = from_numpy(np.empty(0, source.tensor.dtype)).dtype
+    return from_numpy(source.map("torch") if stored == dtype else source.read("torch")).to(dtype)
+
+
+def from_numpy(array: np.ndarray) -> Tensor:
+    """A tensor over the array's memory; bfloat16 passes as its bits."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """The inverse of `from_numpy`, from any device."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def canonical_arrays(
+    model: nn.Module, config: OPTConfig, arch: str
+) -> Iterator[tuple[Param, np.dtype, Callable[[], np.ndarray]]]:
+    """Each row of the table, its dtype in the model, and a function that reads its values."""
+    for param in param_table(config, arch):
+        module, leaf = find_parameter(model, param, arch)
+        tensor = module.get_parameter(leaf)
+        dtype = to_numpy(torch.empty(0, dtype=tensor.dtype)).dtype
+        yield param, dtype, partial(to_numpy, tensor)
