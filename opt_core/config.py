@@ -133,7 +133,9 @@ class OPTConfig:
         self.max_position_embeddings = max_position_embeddings
         self.do_layer_norm_before = do_layer_norm_before
         self._remove_final_layer_norm = _remove_final_layer_norm
-        self.word_embed_proj_dim = hidden_size if word_embed_proj_dim is None else word_embed_proj_dim
+        self.word_embed_proj_dim = (
+            hidden_size if word_embed_proj_dim is None else word_embed_proj_dim
+        )
         self.dropout = dropout
         self.attention_dropout = attention_dropout
         self.num_attention_heads = num_attention_heads
@@ -173,7 +175,9 @@ class OPTConfig:
         num_labels = kwargs.pop("num_labels", None)
         if id2label is None:
             id2label = {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)}
-        self.id2label = {int(key): label for key, label in id2label.items()}  # JSON keys are strings
+        self.id2label = {
+            int(key): label for key, label in id2label.items()
+        }  # JSON keys are strings
         if num_labels is not None and num_labels != len(self.id2label):
             raise ConfigError(
                 f"num_labels={num_labels}, but id2label names {len(self.id2label)} labels. "
@@ -274,7 +278,7 @@ class OPTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: all of OPT's own fields, the common ones that differ from their default."""
-        common = {
+        common: dict[str, Any] = {
             "architectures": list(self.architectures) if self.architectures else None,
             "tie_word_embeddings": self.tie_word_embeddings,
             "return_dict": self.return_dict,
@@ -316,10 +320,12 @@ class OPTConfig:
         try:
             return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
         except TypeError as error:
-            raise ConfigError(f"A value of this config cannot be written as JSON: {error}") from error
+            raise ConfigError(
+                f"A value of this config cannot be written as JSON: {error}"
+            ) from error
 
     @classmethod
-    def from_json_file(cls, path: str | Path, **overrides: Any) -> Self:
+    def from_json_file(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:
         """Reads a config.json.
 
         Raises:
@@ -391,7 +397,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def _whole(minimum: int) -> Callable[[str, object], None]:
     def check(name: str, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ConfigError(f"{name}: expected a whole number from {minimum} on, found {value!r}.")
+            raise ConfigError(
+                f"{name}: expected a whole number from {minimum} on, found {value!r}."
+            )
 
     return check
 
@@ -407,7 +415,11 @@ def _probability(name: str, value: object) -> None:
 
 
 def _non_negative(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 <= value < float("inf")
+    ):
         raise ConfigError(f"{name}: expected a number from 0 on, found {value!r}.")
 
 

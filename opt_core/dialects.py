@@ -24,7 +24,9 @@ class Dialect:
     separator: str = "."
     layer_separator: str = "."  # in `layers.0`
     suffix: str = ""
-    leaves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # module -> other leaf names
+    leaves: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # module -> other leaf names
     modules: Mapping[str, str] = field(default_factory=dict)  # module -> older name of the module
     dropped: tuple[str, ...] = ()  # patterns of names that are left out on purpose
 
@@ -44,7 +46,9 @@ class Dialect:
 
     def _join(self, parts: list[str]) -> str:
         name = self.separator.join(parts) + self.suffix
-        return re.sub(rf"layers{re.escape(self.separator)}(\d+)", rf"layers{self.layer_separator}\1", name)
+        return re.sub(
+            rf"layers{re.escape(self.separator)}(\d+)", rf"layers{self.layer_separator}\1", name
+        )
 
     def transposed(self, param: Param) -> bool:
         """Whether the tensor is stored transposed with respect to the canonical layout."""

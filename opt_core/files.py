@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small file habits shared by configs and checkpoints: write beside and rename, read JSON strictly."""
+"""Small file habits of configs and checkpoints: write beside and rename, read JSON strictly."""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
+from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +17,7 @@ JSON_LIMIT = 100_000_000
 
 
 def hidden_sibling(path: Path) -> Path:
-    """Return a fresh hidden name in the directory of `path`, so that a rename never crosses disks."""
+    """Return a fresh hidden name beside `path`, so that a rename never crosses disks."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
@@ -57,7 +58,7 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
 def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     """Parse `data` as one JSON object in UTF-8 whose keys differ; `where` names it in messages.
 
-    Raises FormatError for anything else: broken UTF-8 or JSON, NaN, a key twice, nesting without end.
+    Raises FormatError for anything else: broken UTF-8 or JSON, NaN, a key twice, endless nesting.
     """
     try:
         value = json.loads(
@@ -77,8 +78,7 @@ def _distinct_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     "".join(result).encode()  # half a surrogate pair is no text: UnicodeEncodeError, a ValueError
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {twice!r} stands there twice")
     return result
 

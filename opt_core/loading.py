@@ -182,8 +182,9 @@ def _explain_mismatch(config: OPTConfig, source: Source) -> str:
 
 
 def resolve_dtype(dtype: Any, config: OPTConfig, tensors: Mapping[str, LazyTensor]) -> str:
-    """The name of the dtype to load in: the one asked for; float32 by default; of "auto", the
-    config's `torch_dtype`, else that of the checkpoint's first tensor.
+    """The name of the dtype to load in: the one asked for; float32 by default.
+
+    For "auto", the config's `torch_dtype`, else that of the checkpoint's first tensor.
     """
     if dtype is None:
         return "float32"

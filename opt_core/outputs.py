@@ -20,7 +20,7 @@ class ModelOutput(dict[str, Any]):
         given = dict(*args, **values)
         unknown = set(given) - set(self.FIELDS)
         if unknown:
-            raise TypeError(f"{type(self).__name__} has no field {sorted(unknown)[0]!r}.")
+            raise TypeError(f"{type(self).__name__} has no field {min(unknown)!r}.")
         super().__init__({f: given[f] for f in self.FIELDS if given.get(f) is not None})
 
     def __getitem__(self, key: Any) -> Any:

@@ -73,7 +73,9 @@ class Axis:
 
     size: Callable[[OPTConfig], int]
     origin: str  # the config's field, for messages
-    unit: Callable[[OPTConfig], int] = lambda c: 1  # a tensor-parallel split falls on multiples of it
+    unit: Callable[[OPTConfig], int] = lambda c: (
+        1
+    )  # a tensor-parallel split falls on multiples of it
 
 
 AXES: Mapping[str, Axis] = {

@@ -62,7 +62,8 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     """
     config = _read_object(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
-        vocab, merges, added_tokens = _read_document(folder / "tokenizer.json")
+        vocab, merges, added_tokens, has_bos = _read_document(folder / "tokenizer.json")
+        config.setdefault("add_bos_token", has_bos)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocab = _checked_vocab(_read_object(folder / "vocab.json"), folder / "vocab.json")
         merges = _read_merges(folder / "merges.txt")
@@ -91,7 +92,7 @@ def write_tokenizer(folder: Path, files: TokenizerFiles, engine_json: str) -> li
     }
     tokens = {k: _as_json(v) for k, v in files.options.items() if k not in SETTINGS}
     config = {k: v for k, v in files.options.items() if k in SETTINGS}
-    config |= {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items()}
+    config |= {name: _plain(token) for name, token in tokens.items()}
     config["added_tokens_decoder"] = {str(k): _as_json(v) for k, v in files.added_tokens.items()}
     config["tokenizer_class"] = "GPT2Tokenizer"
     merges = "".join(f"{left} {right}\n" for left, right in files.merges)
@@ -138,7 +139,8 @@ def _document(engine_json: str, files: TokenizerFiles) -> dict[str, Any]:
 
 def _read_document(
     path: Path,
-) -> tuple[dict[str, int], list[tuple[str, str]], dict[int, AddedToken]]:
+) -> tuple[dict[str, int], list[tuple[str, str]], dict[int, AddedToken], bool]:
+    """Return vocabulary, merges, added tokens, and whether a template puts a token before a text."""
     document = _read_object(path)
     parts = {
         "model": _type_of(document.get("model")),
@@ -159,7 +161,7 @@ def _read_document(
         raise FormatError(
             f"{path}: not a tokenizer.json ({type(error).__name__}: {error})"
         ) from error
-    return vocab, merges, added
+    return vocab, merges, added, _type_of(document.get("post_processor")) == "TemplateProcessing"
 
 
 def _type_of(part: Any) -> Any:
@@ -236,6 +238,10 @@ def _as_token(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return AddedToken(value["content"], **{k: value[k] for k in _FLAGS if k in value})
+
+
+def _plain(token: Any) -> Any:
+    return [_plain(item) for item in token] if isinstance(token, list) else token["content"]
 
 
 def _as_json(value: Any) -> Any:

@@ -195,12 +195,14 @@ class Vocabulary:
         return content
 
     def _text(self, tokens: Iterable[str], *, errors: str, spaces_around_added: bool) -> str:
-        """Join tokens to text: bytes as UTF-8, special tokens as they are, other added ones alone.
+        """Join tokens to text: bytes as UTF-8, named special tokens as they are, other added ones apart.
 
-        With `spaces_around_added`, a space stands between an added token and its neighbours.
+        With `spaces_around_added`, a space stands between the latter and their neighbours, as in the
+        slow tokenizers of transformers 4.37.2.
         """
         special = set(self.all_special_tokens)
-        alone = {str(token.content) for token in self._added.values()} - special
+        appended = {token for token in self._extra if token not in self._base}
+        alone = {str(token.content) for token in self._added.values()} - special | appended
         parts: list[str] = []
         pending = b""
         for token in tokens:

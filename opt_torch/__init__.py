@@ -7,7 +7,6 @@ except ImportError as error:
     raise ImportError("opt_torch needs PyTorch: pip install 'opt-zoo[torch]'.") from error
 
 from opt_core import GenerationConfig, OPTConfig, OPTTokenizer
-
 from opt_torch.cache import KVCache, LayerCache
 from opt_torch.heads import OPTForCausalLM
 from opt_torch.model import OPTModel

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from opt_core import OPTConfig
 from torch import Tensor, nn
 
+from opt_core import OPTConfig
 from opt_torch.cache import LayerCache
 
 
@@ -56,12 +56,9 @@ def sdpa_attention(
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
     """PyTorch's fused attention; arguments and results as `eager_attention`, without weights."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, N, T or S, H]
     context = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (query, key, value)),
-        attn_mask=bias,
-        dropout_p=dropout,
-        is_causal=is_causal,
-        scale=1.0,
+        query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=is_causal, scale=1.0
     )
     return context.transpose(1, 2), None
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from opt_core import OPTConfig
-from opt_core.outputs import CausalLMOutput
 from torch import Tensor, nn
 
+from opt_core import OPTConfig
+from opt_core.outputs import CausalLMOutput
 from opt_torch.model import OPTModel
 from opt_torch.pretrained import OPTPreTrainedModel
 

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from opt_core import OPTConfig
-from opt_core.params import LAYER_NORM_EPS, POSITION_OFFSET
 from torch import Tensor, nn
 
+from opt_core import OPTConfig
+from opt_core.params import LAYER_NORM_EPS, POSITION_OFFSET
 from opt_torch.activations import ACTIVATIONS
 from opt_torch.attention import AttentionKernel, OPTAttention
 from opt_torch.cache import LayerCache

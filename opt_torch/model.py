@@ -7,12 +7,12 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from opt_core import OPTConfig
 from opt_core.inputs import check_call, check_ids, check_positions
 from opt_core.outputs import BaseModelOutput
 from opt_core.params import has_final_norm, projects_embeddings
-from torch import Tensor, nn
-
 from opt_torch.attention import DEFAULT_KERNEL, KERNELS, AttentionKernel
 from opt_torch.cache import KVCache, LayerCache
 from opt_torch.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
@@ -156,9 +156,7 @@ class OPTDecoder(nn.Module):
         dtype, device = hidden_states.dtype, hidden_states.device
         return attention_bias(attention_mask, length, total, past_length, dtype, device), False
 
-    def _positions(
-        self, attention_mask: Tensor | None, length: int, past_length: int
-    ) -> Tensor:
+    def _positions(self, attention_mask: Tensor | None, length: int, past_length: int) -> Tensor:
         """[B or 1, T]. Positions count a row's real tokens, so padding on the left shifts none."""
         if attention_mask is not None:
             return positions_from_mask(attention_mask, past_length)
@@ -192,7 +190,7 @@ class OPTDecoder(nn.Module):
             capacity=None if past is None or past.length is None else past.capacity,
         )
         # The values can be looked at only where that costs no graph break and no synchronisation.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return
         if input_ids is not None and input_ids.device.type == "cpu" and input_ids.numel():
             check_ids(int(input_ids.min()), int(input_ids.max()), self.config.vocab_size)
@@ -269,4 +267,3 @@ class OPTModel(OPTPreTrainedModel):
             return_dict=return_dict,
             position_ids=position_ids,
         )
-

@@ -7,11 +7,11 @@ import os
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor, nn
+
 from opt_core import GenerationConfig, InputError, OPTConfig
 from opt_core.params import num_parameters, param_table
 from opt_core.pretrained import open_pretrained, save_pretrained
-from torch import Tensor, nn
-
 from opt_torch.attention import DEFAULT_KERNEL, KERNELS
 from opt_torch.cache import KVCache
 from opt_torch.generation.generate import generate
@@ -54,7 +54,7 @@ class OPTPreTrainedModel(nn.Module):
             head.weight = self.get_input_embeddings().weight
 
     def get_input_embeddings(self) -> nn.Embedding:
-        base = self if self.architecture == "OPTModel" else self.model
+        base: Any = self if self.architecture == "OPTModel" else self.model
         return base.decoder.embed_tokens
 
     def get_output_embeddings(self) -> nn.Linear | None:

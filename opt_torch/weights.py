@@ -9,10 +9,11 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from opt_core import OPTConfig
 from opt_core.loading import Source
 from opt_core.params import Kind, Param, param_table
-from torch import Tensor, nn
 
 INITIAL_VALUES: Mapping[Kind, Callable[[Tensor, float], Tensor]] = {
     Kind.LINEAR: lambda tensor, std: tensor.normal_(0.0, std),
@@ -44,7 +45,11 @@ def initialize(model: nn.Module, config: OPTConfig, params: tuple[Param, ...], a
 
 
 def assign(
-    model: nn.Module, config: OPTConfig, arch: str, sources: Mapping[str, Source], dtype: torch.dtype
+    model: nn.Module,
+    config: OPTConfig,
+    arch: str,
+    sources: Mapping[str, Source],
+    dtype: torch.dtype,
 ) -> None:
     """Replaces the parameters of a model on the meta device by the checkpoint's, one at a time.
 

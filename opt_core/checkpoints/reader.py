@@ -70,7 +70,7 @@ class CheckpointReader(Mapping[str, LazyTensor]):
             for tensor in tensors:
                 self._add(tensor)
         if len(formats) > 1:
-            found = ", ".join(f"{format} in {file.name}" for format, file in formats.items())
+            found = ", ".join(f"{kind} in {file.name}" for kind, file in formats.items())
             raise FormatError(f"{self.files[0].parent}: expected one format, found {found}.")
         (self.format,) = formats
         if index is not None:
@@ -140,8 +140,8 @@ def _find(path: Path) -> Path:
     present = sorted(entry.name for entry in path.iterdir())
     listing = ", ".join(present[:12]) + (", ..." if len(present) > 12 else "")
     raise CheckpointError(
-        f"{path}: expected one of {', '.join(names)}; found {listing or 'an empty directory'}. Give "
-        "the directory that holds the weights, or the file itself."
+        f"{path}: expected one of {', '.join(names)}; found {listing or 'an empty directory'}. "
+        "Give the directory that holds the weights, or the file itself."
     )
 
 
@@ -158,8 +158,8 @@ def _recognise(source: FileSource) -> Container:
         )
     kinds = " or ".join(container.format for container in CONTAINERS)
     raise FormatError(
-        f"{source.path}: expected {kinds}, found {source.size} bytes that begin with {head[:16]!r}. "
-        "The file is damaged, its download incomplete, or it is something else: fetch it again."
+        f"{source.path}: expected {kinds}, found {source.size} bytes that begin with {head[:16]!r}"
+        ". The file is damaged, its download incomplete, or it is something else: fetch it again."
     )
 
 
@@ -169,8 +169,8 @@ def _check_index(index: CheckpointIndex, tensors: Mapping[str, LazyTensor]) -> N
         if name not in tensors or tensors[name].info.file.name != file:
             found = f"it in {tensors[name].info.file.name}" if name in tensors else "it nowhere"
             raise FormatError(
-                f"{index.file}: tensor {name!r}: expected in {file}, found {found}. Index and files "
-                "are not of one checkpoint: fetch them together."
+                f"{index.file}: tensor {name!r}: expected in {file}, found {found}. Index and "
+                "files are not of one checkpoint: fetch them together."
             )
     unlisted = [name for name in tensors if name not in index.weight_map]
     if unlisted:

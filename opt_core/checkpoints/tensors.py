@@ -86,7 +86,7 @@ class FileSource:
         self.size = self.file.seek(0, 2)
 
     def memory(self) -> mmap.mmap:
-        """Return the whole file as private memory; pages are read when touched, never written back."""
+        """Return the file as private memory: pages are read when touched, never written back."""
         with self._lock:
             self._check_open()
             if self._mapping is None:
@@ -94,7 +94,7 @@ class FileSource:
             return self._mapping
 
     def read_into(self, out: NDArray[np.uint8], offset: int) -> None:
-        """Fill `out` ([bytes]) from `offset` on; raises FormatError if the file has become shorter."""
+        """Fill `out` ([bytes]) from `offset` on; raises FormatError where the file ends early."""
         with self._lock:
             self._check_open()
             self.file.seek(offset)
@@ -103,8 +103,8 @@ class FileSource:
                 count = self.file.readinto(out.data[done:])
                 if not count:
                     raise FormatError(
-                        f"{self.path}: expected {len(out)} bytes at {offset}, found {done}. The file "
-                        "was cut short while it was read: fetch it again."
+                        f"{self.path}: expected {len(out)} bytes at {offset}, found {done}. The "
+                        "file was cut short while it was read: fetch it again."
                     )
                 done += count
 
@@ -173,7 +173,7 @@ class LazyTensor:
 
     @classmethod
     def from_array(cls, name: str, array: NDArray[Any]) -> LazyTensor:
-        """Wrap an array in memory; `map` gives the same memory (a copy if it was not in C order)."""
+        """Wrap an array in memory; `map` gives that memory, or a copy in C order if need be."""
         source = ArraySource(array)
         return cls(TensorInfo(name, array.dtype, array.shape, source.path), source)
 

@@ -2,9 +2,9 @@
 """What a state dict's pickle says, without running it and without torch.
 
 A pickle is a program. This is a machine of our own for the few instructions and the few names that
-`torch.save` of a state dict uses; nothing that the file names is ever imported or called. Dictionary
-keys must be strings and memo slots must be filled before they are read, so that a small file cannot
-ask for much memory or time either.
+`torch.save` of a state dict uses; nothing that the file names is ever imported or called. Keys of
+dictionaries must be strings and the memo is no list, so that a small file cannot ask for much
+memory or time either.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ def _plan(infos: list[TensorLike], filename: str, metadata: Mapping[str, str]) -
 
 
 def _blocks(array: NDArray[Any]) -> Iterator[NDArray[np.uint8]]:
-    """Yield the bytes of an array in C order; one in another order is copied a few rows at a time."""
+    """Yield the bytes in C order; an array in another order is copied a few rows at a time."""
     if array.flags.c_contiguous:
         yield array.reshape(-1).view(np.uint8)
         return

@@ -42,7 +42,7 @@ class GenerationConfig:
     num_return_sequences: int = 1
     pad_token_id: int | None = None
     bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
+    eos_token_id: int | list[int] | tuple[int, ...] | None = None  # a list becomes a tuple
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class GenerationConfig:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         eos = self.eos_token_id
-        return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy; an option that does not exist is an error that names the nearest one.

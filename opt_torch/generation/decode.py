@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from opt_core.generation.plan import DecodePlan
 from torch import Tensor
 
+from opt_core.generation.plan import DecodePlan
 from opt_torch.cache import KVCache
 from opt_torch.generation.processors import process
 from opt_torch.generation.state import DecodeState
@@ -33,9 +33,7 @@ def prefill(
     return model.lm_head(hidden_states[:, -1]), cache
 
 
-def decode_step(
-    model: Any, mask: Tensor | None, counts: Tensor, prompt_length: int
-) -> Step:
+def decode_step(model: Any, mask: Tensor | None, counts: Tensor, prompt_length: int) -> Step:
     """The step of the loop: one token [B, 1] through the model.
 
     Args:
@@ -44,7 +42,7 @@ def decode_step(
     """
 
     def step(token: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-        positions = (counts + cache.length - prompt_length)[:, None]  # [B, 1]
+        positions = (counts + cache.used - prompt_length)[:, None]  # [B, 1]
         hidden_states, cache = model.model(
             token,
             attention_mask=mask,

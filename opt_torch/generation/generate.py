@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.plan import DecodePlan, GenerationMode, make_plan
 from opt_core.generation.prompts import check_prompts, infers_mask
-from torch import Tensor
-
 from opt_torch.generation.decode import Noise, decode, decode_step, prefill
 from opt_torch.generation.state import DecodeState
 
@@ -53,7 +53,7 @@ def generate(
     input_ids = _prompts(input_ids, config, model.device)
     plan = make_plan(config, model.config, input_ids.shape[1])
     if attention_mask is None and infers_mask(config):
-        attention_mask = (input_ids != config.pad_token_id).long()
+        attention_mask = (input_ids != config.pad_token_id).long()  # type: ignore[attr-defined]
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     attention_mask = torch.as_tensor(attention_mask, device=model.device).long()
@@ -66,9 +66,7 @@ def generate(
     return torch.cat([input_ids, new_tokens], dim=1)
 
 
-def run(
-    model: Any, plan: DecodePlan, tokens: Tensor, mask: Tensor, noise: Noise | None
-) -> Tensor:
+def run(model: Any, plan: DecodePlan, tokens: Tensor, mask: Tensor, noise: Noise | None) -> Tensor:
     """Prefills and decodes: prompts [B, T], aligned to the right -> new tokens [B, at most new]."""
     batch, prompt_length = tokens.shape
     room = torch.ones((batch, plan.max_new_tokens), dtype=mask.dtype, device=mask.device)

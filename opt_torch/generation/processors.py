@@ -6,13 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from opt_core.generation import processors as p
 from torch import Tensor
 
+from opt_core.generation import processors as p
 from opt_torch.generation.state import DecodeState
 
 
-def repetition_penalty(processor: p.RepetitionPenalty, scores: Tensor, state: DecodeState) -> Tensor:
+def repetition_penalty(
+    processor: p.RepetitionPenalty, scores: Tensor, state: DecodeState
+) -> Tensor:
     tokens, mask = state.tokens[:, : state.length], state.mask[:, : state.length]
     counts = torch.zeros(scores.shape, dtype=mask.dtype, device=scores.device)
     seen = counts.scatter_add(1, tokens, mask) > 0  # [B, V]

@@ -64,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *arguments: object) -> None:
+    def log_message(self, *_: object) -> None:
         """Keep quiet: the hub keeps its own list."""
 
     def do_HEAD(self) -> None:

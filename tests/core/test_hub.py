@@ -124,7 +124,8 @@ def test_the_cache_needs_no_network(hub: FakeHub, tmp_path: Path) -> None:
         {"name_or_path": "org/torch", "local_files_only": True},
     )
     assert offline[0] == online[0]
-    assert "cache" in offline[1] and "local_files_only" in offline[1]
+    assert "cache" in offline[1]
+    assert "local_files_only" in offline[1]
     assert len(hub.requests) == asked
 
 
@@ -139,11 +140,18 @@ def test_says_what_was_tried_and_what_to_do(hub: FakeHub, tmp_path: Path) -> Non
         {"name_or_path": "org/both", "subfolder": "nowhere"},
         {"name_or_path": "org/a--b"},
     )
-    assert "org/unknown" in unknown and hub.url in unknown and "HF_TOKEN" in unknown
-    assert "org/gated" in gated and "HF_TOKEN" in gated and "terms" in gated
-    assert "revision v9" in revision and "branch" in revision
-    assert "found neither" in flax and "model.safetensors" in flax
-    assert "subfolder nowhere" in folder and "found neither" in folder
+    assert "org/unknown" in unknown
+    assert hub.url in unknown
+    assert "HF_TOKEN" in unknown
+    assert "org/gated" in gated
+    assert "HF_TOKEN" in gated
+    assert "terms" in gated
+    assert "revision v9" in revision
+    assert "branch" in revision
+    assert "found neither" in flax
+    assert "model.safetensors" in flax
+    assert "subfolder nowhere" in folder
+    assert "found neither" in folder
     assert "no hub name" in malformed
 
 
@@ -151,9 +159,9 @@ def test_without_a_network_the_answer_comes_at_once(tmp_path: Path) -> None:
     begin = time.monotonic()
     (closed,) = ask("http://127.0.0.1:9", tmp_path, {"name_or_path": "org/a"})
     assert time.monotonic() - begin < 15
-    assert (
-        "cannot be reached" in closed and "HF_ENDPOINT" in closed and "http://127.0.0.1:9" in closed
-    )
+    assert "cannot be reached" in closed
+    assert "HF_ENDPOINT" in closed
+    assert "http://127.0.0.1:9" in closed
     (offline,) = ask("http://127.0.0.1:9", tmp_path, {"name_or_path": "org/a"}, HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE" in offline
 

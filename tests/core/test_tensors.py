@@ -38,8 +38,10 @@ def file(tmp_path: Path) -> Path:
 def test_an_array_in_memory_is_a_lazy_tensor_too(array: NDArray[Any]) -> None:
     tensor = LazyTensor.from_array("t", array)
     assert (tensor.name, tensor.dtype, tensor.shape) == ("t", array.dtype, array.shape)
-    assert tensor.info.nbytes == array.nbytes and tensor.info.size == array.size
-    assert same(tensor.map(), array) and same(tensor.read(), array)
+    assert tensor.info.nbytes == array.nbytes
+    assert tensor.info.size == array.size
+    assert same(tensor.map(), array)
+    assert same(tensor.read(), array)
     if array.flags.c_contiguous and array.size:
         assert np.shares_memory(tensor.map(), array)
     assert not np.shares_memory(tensor.read(), array)
@@ -52,7 +54,8 @@ def test_a_slice_is_what_numpy_makes_of_it(array: NDArray[Any], data: st.DataObj
         start = data.draw(st.integers(0, array.shape[dim]))
         stop = data.draw(st.integers(start, array.shape[dim]))
         found = LazyTensor.from_array("t", array).read_slice(dim, start, stop)
-        assert same(found, array.take(range(start, stop), dim)) and found.flags.c_contiguous
+        assert same(found, array.take(range(start, stop), dim))
+        assert found.flags.c_contiguous
 
 
 @pytest.mark.parametrize(("dim", "start", "stop"), [(2, 0, 1), (-1, 0, 1), (0, 1, 5), (0, 2, 1)])
@@ -64,7 +67,9 @@ def test_a_slice_outside_is_refused(file: Path, dim: int, start: int, stop: int)
 def test_read_is_private_contiguous_and_aligned(file: Path) -> None:
     tensor = lazy(file, (4, 5), offset=4)
     array = tensor.read()
-    assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous and array.flags.writeable
+    assert array.ctypes.data % 64 == 0
+    assert array.flags.c_contiguous
+    assert array.flags.writeable
     array[...] = 0
     assert tensor.read()[0, 0] == 1
 
@@ -74,14 +79,16 @@ def test_a_mapped_array_can_be_written_and_the_file_stays(file: Path) -> None:
     tensor = lazy(file, (4, 6))
     array = tensor.map()
     array[...] = -1
-    assert file.read_bytes() == before and tensor.read()[3, 5] == 23
+    assert file.read_bytes() == before
+    assert tensor.read()[3, 5] == 23
     assert np.shares_memory(array, tensor.map())
 
 
 def test_strides_as_torch_has_them(file: Path) -> None:
     expected = np.arange(24, dtype=np.float32).reshape(4, 6)
     tensor = lazy(file, (6, 4), 1, 6)
-    assert same(tensor.read(), expected.T) and same(tensor.map(), expected.T)
+    assert same(tensor.read(), expected.T)
+    assert same(tensor.map(), expected.T)
     assert tensor.read().flags.c_contiguous
     assert same(tensor.read_slice(1, 1, 3), expected.T[:, 1:3])
 
@@ -151,4 +158,5 @@ def test_one_tensor_of_a_large_file_takes_its_own_memory(tmp_path: Path, how: st
     )  # fmt: skip
     opened, peak, nbytes = json.loads(done.stdout)
     assert opened < 2**20, "mapping 256 MB touches no page"
-    assert nbytes <= peak + 2**20 and peak < nbytes + 2**20
+    assert nbytes <= peak + 2**20
+    assert peak < nbytes + 2**20

@@ -213,7 +213,9 @@ def tuple_outputs(model: OPTForCausalLM, arrays: Arrays) -> list[dict[str, Any]]
     found = []
     for bits in range(16):
         flags = [bool(bits >> i & 1) for i in range(4)]
-        options = dict(zip(("use_cache", "output_hidden_states", "output_attentions"), flags))
+        options = dict(
+            zip(("use_cache", "output_hidden_states", "output_attentions"), flags, strict=False)
+        )
         which, extra = (model, {"labels": labels}) if flags[3] else (model.model, {})
         named = which(ids, **extra, **options, return_dict=True)
         plain = which(ids, **extra, **options, return_dict=False)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the small `.bin` files that tests/core reads without torch, and what is in them.
 
-Run with torch 2.x, in this directory: `python make_torch_bins.py`. Each NAME.bin has a NAME.npz with
-the same tensors, bfloat16 as the uint16 of the same bits under the name "NAME:bfloat16".
+Run with torch 2.x: `python tests/golden/make_torch_bins.py`. Each NAME.bin has a NAME.npz with the
+same tensors, bfloat16 as the uint16 of the same bits under the name "NAME:bfloat16".
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def views() -> dict[str, torch.Tensor]:
 
 def dtypes() -> dict[str, torch.Tensor]:
     """Every element type of a `torch.*Storage`."""
-    names = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+    floats = ("float64", "float32", "float16", "bfloat16")
+    names = (*floats, "int64", "int32", "int16", "int8", "uint8", "bool")
     values = torch.tensor([[0, 1, 2], [3, 100, 1]])
     return {name: values.to(getattr(torch, name)) for name in names}
 

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+# A fresh machine needs Python 3.11 or newer and make; every target sets up what it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+ENVIRONMENTS ?= .cache/oracle
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PEERS := hf437 hf457 hf5 ct2
+PEERS_READY := $(PEERS:%=$(ENVIRONMENTS)/%/.ready)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow oracle golden lint format typecheck docs train-sums accuracy memory wheel clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  %-12s %s\n", $$1, $$2}'
+
+demo: $(READY)  ## the main job: one checkpoint, three frameworks, one answer
+	$(BIN)/opt-zoo demo
+
+test: $(READY)  ## lint, types and all tests, each backend in a process of its own
+	$(BIN)/python tests/run.py
+
+test-slow: $(READY)  ## the tests that take more than a minute each
+	$(BIN)/python tests/run.py --slow
+
+oracle: $(READY) $(PEERS_READY)  ## compare live with transformers 4.37.2, 4.57.1, 5.23 and CTranslate2
+	OPT_ZOO_PEERS=$(ENVIRONMENTS) $(BIN)/python -m pytest -m oracle tests/oracle
+
+golden: $(ENVIRONMENTS)/hf437/.ready  ## remake the golden files with transformers 4.37.2
+	for script in tests/golden/make_*.py; do $(ENVIRONMENTS)/hf437/bin/python $$script || exit 1; done
+
+lint: $(READY)  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## let ruff format the code and put imports in order
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(READY)  ## mypy
+	$(BIN)/mypy
+
+docs: $(READY)  ## write docs/weights.md from the parameter table
+	$(BIN)/python docs/make_weights.py
+
+train-sums: $(READY)  ## train the embedded model anew (two minutes on one core)
+	$(BIN)/python examples/train_tiny_sums.py
+
+accuracy: $(READY)  ## the embedded model on every held-out problem, in the three frameworks
+	$(BIN)/opt-zoo accuracy
+
+memory: $(READY)  ## peak memory and seconds of from_pretrained in the three frameworks
+	$(BIN)/python benchmarks/loading_memory.py
+
+wheel: $(READY)  ## build dist/*.whl and the source archive
+	$(BIN)/python -m build
+
+clean:  ## remove environments, caches and what was built
+	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opt-zoo needs Python 3.11 or newer, found %d.%d. Try: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all-cpu,dev]'
+	@touch $@
+
+$(ENVIRONMENTS)/%/.ready: tests/oracle/requirements-%.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
