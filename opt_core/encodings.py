@@ -13,7 +13,6 @@ from opt_core.errors import InputError
 
 # return_tensors -> (module, constructor from a numpy array, integer type, extra that installs it).
 _FRAMEWORKS = {
-    "np": ("numpy", "asarray", "int64", "dev"),
     "pt": ("torch", "from_numpy", "int64", "torch"),
     "tf": ("tensorflow", "constant", "int32", "tf"),
     "jax": ("jax.numpy", "asarray", "int32", "flax"),
@@ -101,6 +100,38 @@ class BatchEncoding(dict[str, Any]):
                 "(results of pad() remember none; encode the texts with padding=True instead)"
             )
         return self._rows[index]
+
+
+def as_pairs(text: Any, pair: Any) -> tuple[bool, list[str], list[str | None]]:
+    """Return whether a single text came, the first texts, and the second ones (None where none came).
+
+    Raises InputError for anything but a text, a pair, or a list of either.
+    """
+    if isinstance(text, str):
+        if not (pair is None or isinstance(pair, str)):
+            raise InputError(
+                f"text is one string, text_pair must be too, found {type(pair).__name__}"
+            )
+        return True, [text], [pair]
+    if not isinstance(text, Sequence):
+        raise InputError(f"expected a text, a pair or a list of them, found {type(text).__name__}")
+    if pair is None:
+        pairs = [(item, None) if isinstance(item, str) else item for item in text]
+    elif isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == len(text):
+        pairs = list(zip(text, pair, strict=True))
+    else:
+        raise InputError(f"text is a list of {len(text)} texts, text_pair must be one as long")
+    for position, item in enumerate(pairs):
+        if not (
+            isinstance(item, Sequence)
+            and len(item) == 2
+            and isinstance(item[0], str)
+            and (item[1] is None or isinstance(item[1], str))
+        ):
+            raise InputError(
+                f"item {position} of the batch: expected a text or a pair, found {item!r}"
+            )
+    return False, [first for first, _ in pairs], [second for _, second in pairs]
 
 
 def fit(
@@ -193,8 +224,12 @@ def to_tensors(data: Mapping[str, Any], name: str) -> dict[str, Any]:
     Raises InputError for an unknown name or rows of unequal length, ImportError if the framework is
     not installed.
     """
+    if name == "np":
+        return {key: _rectangle(key, value, "int64") for key, value in data.items()}
     if name not in _FRAMEWORKS:
-        raise InputError(f"return_tensors={name!r}: expected one of {sorted(_FRAMEWORKS)} or None")
+        raise InputError(
+            f"return_tensors={name!r}: expected one of {['np', *_FRAMEWORKS]}, or None for lists"
+        )
     module, constructor, dtype, extra = _FRAMEWORKS[name]
     try:
         construct = getattr(importlib.import_module(module), constructor)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,7 +29,10 @@ HINTS = ("low_cpu_mem_usage", "use_safetensors", "from_pt", "from_tf", "from_fla
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A checkpoint that fits its configuration: what a backend needs to build and fill a model."""
+    """A checkpoint that fits its configuration: what a backend needs to build and fill a model.
+
+    As a context manager it closes the checkpoint's files at the end; arrays mapped from them live on.
+    """
 
     config: OPTConfig
     generation_config: GenerationConfig
@@ -37,6 +40,12 @@ class Pretrained:
     reader: CheckpointReader
     sources: dict[str, Source]
     report: LoadReport
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reader.close()
 
 
 def open_pretrained(

@@ -8,16 +8,15 @@ rows (as fast tokenizers do), not a list of leftovers, and ids that no token has
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from tokenizers import AddedToken
 
 from opt_core import encodings, hub, tokenizer_files
+from opt_core.arguments import one_of, refuse_unknown
 from opt_core.encodings import BatchEncoding, Token
 from opt_core.errors import InputError
 from opt_core.tokenizer_files import NAMED_SPECIAL_TOKENS, TokenizerFiles
@@ -84,8 +83,8 @@ class OPTTokenizer(Vocabulary):
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
         self.errors = errors
         self.model_max_length = int(model_max_length)
-        self.padding_side = _one_of("padding_side", padding_side, _SIDES)
-        self.truncation_side = _one_of("truncation_side", truncation_side, _SIDES)
+        self.padding_side = one_of("padding_side", padding_side, _SIDES)
+        self.truncation_side = one_of("truncation_side", truncation_side, _SIDES)
         super().__init__(vocab, merges, added_tokens or {}, unk_token)
         named = (bos_token, eos_token, unk_token, sep_token, pad_token, cls_token, mask_token)
         for name, token in zip(NAMED_SPECIAL_TOKENS, named, strict=True):
@@ -111,7 +110,7 @@ class OPTTokenizer(Vocabulary):
         Raises HubError if it cannot be found, FormatError if a file is damaged, TypeError for an
         argument that the constructor does not have.
         """
-        _refuse_unknown(overrides, cls.from_pretrained, cls.__init__)
+        refuse_unknown(overrides, cls.from_pretrained, cls.__init__)
         folder = hub.resolve(
             name_or_path,
             revision=revision,
@@ -165,13 +164,13 @@ class OPTTokenizer(Vocabulary):
         `return_overflowing_tokens` gives a row per window of a text, `stride` tokens shared between
         neighbours, and `overflow_to_sample_mapping`. Raises InputError, TypeError, ImportError.
         """
-        _refuse_unknown(unknown, self.__call__)
-        strategy = _PADDING[_one_of("padding", padding, _PADDING)]
+        refuse_unknown(unknown, self.__call__)
+        strategy = _PADDING[one_of("padding", padding, _PADDING)]
         if truncation is None:
             truncation = max_length is not None and strategy is None
-        cut = _TRUNCATION[_one_of("truncation", truncation, _TRUNCATION)]
+        cut = _TRUNCATION[one_of("truncation", truncation, _TRUNCATION)]
         limit = self._limit("truncation", cut, max_length) if cut else None
-        is_single, firsts, seconds = _texts(text, text_pair)
+        is_single, firsts, seconds = encodings.as_pairs(text, text_pair)
         bos = self._bos() if add_special_tokens else []
         rows: list[list[Token]] = []
         samples: list[int] = []
@@ -189,7 +188,7 @@ class OPTTokenizer(Vocabulary):
             [len(r) for r in rows], strategy, max_length, pad_to_multiple_of
         )
         if length is not None:
-            side = _one_of("padding_side", padding_side or self.padding_side, _SIDES)
+            side = one_of("padding_side", padding_side or self.padding_side, _SIDES)
             rows = [encodings.pad_tokens(row, length, side, self._pad()) for row in rows]
         data: dict[str, Any] = {"input_ids": [[token.id for token in row] for row in rows]}
         if return_attention_mask:
@@ -255,11 +254,11 @@ class OPTTokenizer(Vocabulary):
             lists = {key: [value] for key, value in lists.items()}
         if return_attention_mask and "attention_mask" not in lists:
             lists["attention_mask"] = [[1] * len(ids) for ids in lists["input_ids"]]
-        strategy = _PADDING[_one_of("padding", padding, _PADDING)]
+        strategy = _PADDING[one_of("padding", padding, _PADDING)]
         lengths = [len(ids) for ids in lists["input_ids"]]
         length = self._padded_length(lengths, strategy, max_length, pad_to_multiple_of)
         if length is not None:
-            side = _one_of("padding_side", padding_side or self.padding_side, _SIDES)
+            side = one_of("padding_side", padding_side or self.padding_side, _SIDES)
             lists = encodings.pad_lists(lists, length, side, self._pad().id)
         if return_tensors is not None:
             return BatchEncoding(encodings.to_tensors(lists, return_tensors))
@@ -373,47 +372,3 @@ class OPTTokenizer(Vocabulary):
         else:
             length = self._limit("padding", strategy, max_length)
         return length if length is None or multiple is None else -(-length // multiple) * multiple
-
-
-def _texts(text: Any, pair: Any) -> tuple[bool, list[str], list[str | None]]:
-    """Return whether one text was given, the first texts and the second ones (None where there is none)."""
-    if isinstance(text, str):
-        if not (pair is None or isinstance(pair, str)):
-            raise InputError(
-                f"text is one string, text_pair must be too, found {type(pair).__name__}"
-            )
-        return True, [text], [pair]
-    if not isinstance(text, Sequence):
-        raise InputError(f"expected a text, a pair or a list of them, found {type(text).__name__}")
-    if pair is None:
-        pairs = [(item, None) if isinstance(item, str) else item for item in text]
-    elif isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == len(text):
-        pairs = list(zip(text, pair, strict=True))
-    else:
-        raise InputError(f"text is a list of {len(text)} texts, text_pair must be one as long")
-    for position, item in enumerate(pairs):
-        if not (
-            isinstance(item, Sequence)
-            and len(item) == 2
-            and isinstance(item[0], str)
-            and (item[1] is None or isinstance(item[1], str))
-        ):
-            raise InputError(
-                f"item {position} of the batch: expected a text or a pair, found {item!r}"
-            )
-    return False, [first for first, _ in pairs], [second for _, second in pairs]
-
-
-def _one_of(what: str, value: Any, choices: Iterable[Any]) -> Any:
-    if not isinstance(value, bool | str) or value not in choices:
-        raise InputError(f"{what}={value!r}: expected one of {list(choices)}")
-    return value
-
-
-def _refuse_unknown(unknown: Mapping[str, Any], *functions: Callable[..., Any]) -> None:
-    """Raise TypeError for the first unknown argument, naming the nearest that a function has."""
-    known = {name for function in functions for name in inspect.signature(function).parameters}
-    for name in unknown.keys() - known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise TypeError(f"{functions[0].__qualname__}() has no argument {name!r}{hint}")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_core import OPTConfig
-from opt_core.outputs import CausalLMOutput
 from opt_torch.model import OPTModel
+from opt_torch.outputs import CausalLMOutput
 from opt_torch.pretrained import OPTPreTrainedModel
 
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from opt_core import OPTConfig
 from opt_core.inputs import check_call, check_ids, check_positions
-from opt_core.outputs import BaseModelOutput
 from opt_core.params import has_final_norm, projects_embeddings
 from opt_torch.attention import DEFAULT_KERNEL, KERNELS, AttentionKernel
 from opt_torch.cache import KVCache, LayerCache
 from opt_torch.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
 from opt_torch.masks import attention_bias, positions_from_mask
+from opt_torch.outputs import BaseModelOutput
 from opt_torch.pretrained import OPTPreTrainedModel
 
 

@@ -97,14 +97,14 @@ class OPTPreTrainedModel(nn.Module):
             options: `dtype`, `config`, `ignore_mismatched_sizes`, hub options and configuration
                 overrides: see `opt_core.pretrained.open_pretrained`, which also lists the errors.
         """
-        pretrained = open_pretrained(
+        with open_pretrained(
             name_or_path, cls.architecture, output_loading_info=output_loading_info, **options
-        )
-        config = pretrained.config
-        with torch.device("meta"):
-            model = cls(config, attn_implementation=attn_implementation)
-        dtype = getattr(torch, pretrained.dtype)
-        assign(model, config, cls.architecture, pretrained.sources, dtype)
+        ) as pretrained:
+            config = pretrained.config
+            with torch.device("meta"):
+                model = cls(config, attn_implementation=attn_implementation)
+            dtype = getattr(torch, pretrained.dtype)
+            assign(model, config, cls.architecture, pretrained.sources, dtype)
         model.tie_weights()
         model.generation_config = pretrained.generation_config
         model.eval()

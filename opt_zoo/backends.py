@@ -64,12 +64,16 @@ class CausalLM:
         self.framework = framework
         self.model = model
 
+    @staticmethod
+    def model_class(framework: Framework) -> Any:
+        """The model class, its framework imported; raises ImportError where it is not installed."""
+        backend = BACKENDS[framework]
+        return getattr(importlib.import_module(backend.package), backend.model_class)
+
     @classmethod
     def load(cls, framework: Framework, model: str, dtype: str | None) -> Self:
-        """Imports the framework and loads the checkpoint in evaluation mode; raises OPTError."""
-        backend = BACKENDS[framework]
-        model_class = getattr(importlib.import_module(backend.package), backend.model_class)
-        return cls(framework, model_class.from_pretrained(model, dtype=dtype))
+        """Loads a checkpoint in evaluation mode; raises OPTError."""
+        return cls(framework, cls.model_class(framework).from_pretrained(model, dtype=dtype))
 
     def logits(self, inputs: dict[str, Any]) -> NDArray[np.float32]:
         """[B, T] ids and mask -> [B, T, V]."""

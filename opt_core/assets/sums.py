@@ -111,7 +111,7 @@ def train_tokenizer() -> OPTTokenizer:
     engine = Tokenizer(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     texts = [prompt + answer for prompt, answer in problems("train")]
-    engine.train_from_iterator(texts + [" ".join(_SMALL + _TENS)], trainer)
+    engine.train_from_iterator([*texts, " ".join(_SMALL + _TENS)], trainer)
     model: dict[str, Any] = json.loads(engine.to_str())["model"]
     vocab: dict[str, int] = model["vocab"]
     while len(vocab) % 8:

@@ -184,7 +184,7 @@ def record(settings: dict[str, Any]) -> dict[str, Any]:
         "length": len(tokenizer),
         "special_ids": tokenizer.all_special_ids,
         "calls": [[given, options, call(tokenizer, given, options)] for given, options in calls],
-        "decodes": decodes(tokenizer),
+        "decodes": decodes(tokenizer) if not settings or "add_tokens" in settings else [],
     }
 
 

@@ -42,7 +42,9 @@ def peer_python(name: str) -> Path:
     return python
 
 
-def run_peer(name: str, framework: str, jobs: Sequence[Job], out: Path) -> list[dict[str, np.ndarray]]:
+def run_peer(
+    name: str, framework: str, jobs: Sequence[Job], out: Path
+) -> list[dict[str, np.ndarray]]:
     """Results of the peer `name` (hf437, hf457, hf5) in one of its frameworks (pt, tf, flax)."""
     return _run([str(peer_python(name)), str(HERE / "peer.py"), framework], jobs, out)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs jobs with transformers, whatever version; imports nothing of this project.
 
-    python peer.py pt|tf|flax FOLDER      # FOLDER/jobs.json in, FOLDER/0.npz ... out
+python peer.py pt|tf|flax FOLDER      # FOLDER/jobs.json in, FOLDER/0.npz ... out
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def run_flax(checkpoint: str, ids: np.ndarray, mask: np.ndarray, new_tokens: int
     result = {"logits": np.asarray(model(ids, attention_mask=mask).logits)}
     if new_tokens:
         options = greedy(model, new_tokens)
-        result["sequences"] = np.asarray(model.generate(ids, attention_mask=mask, **options).sequences)
+        result["sequences"] = np.asarray(
+            model.generate(ids, attention_mask=mask, **options).sequences
+        )
     return result
 
 

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job: one checkpoint answers the same prompts in each framework, and the answers are compared."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opt_core.hub import resolve
+from opt_zoo import processes
+from opt_zoo.backends import Framework
+from opt_zoo.processes import OnEvent
+from opt_zoo.prompts import Prompts
+from opt_zoo.worker import Request
+
+#: Problems that the embedded model never saw in training.
+DEFAULT_PROMPTS = (
+    "forty-two plus seventeen is",
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one framework said, and what it took."""
+
+    framework: Framework
+    texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]  # new ones, the end of sequence included
+    logits: NDArray[np.float32]  # [real tokens of the prompts, V]
+    load_seconds: float  # from_pretrained, without the import of the framework
+    first_seconds: float  # the first call of generate, compilation included
+    second_seconds: float  # the same call again
+    peak_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all prompts together, compilation left out."""
+        return sum(map(len, self.tokens)) / self.second_seconds
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the logits of two frameworks are apart at the real tokens of the prompts."""
+
+    first: Framework
+    second: Framework
+    absolute: float
+    relative: float  # to the largest logit
+    same_tokens: bool
+
+
+def encode(model: str, texts: Sequence[str]) -> tuple[Path, Prompts]:
+    """Finds the model, fetching it if need be, and encodes the prompts; raises OPTError."""
+    directory = resolve(model)
+    return directory, Prompts.encode(directory, texts)
+
+
+def answer(
+    framework: Framework,
+    directory: Path,
+    prompts: Prompts,
+    *,
+    max_new_tokens: int,
+    dtype: str | None = None,
+    on_event: OnEvent = lambda event: None,
+) -> Answer:
+    """Lets one framework answer greedily, in a process of its own; raises OPTError."""
+    with tempfile.TemporaryDirectory() as folder:
+        logits_file = Path(folder) / "logits.npy"
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        request = Request(
+            framework,
+            str(directory),
+            prompts.inputs,
+            options,
+            dtype=dtype,
+            logits_file=str(logits_file),
+            repeat=True,
+        )
+        reply = processes.run(request, on_event)
+        logits = np.load(logits_file)[prompts.mask]
+    tokens = prompts.new_tokens(reply.sequences)
+    return Answer(
+        framework=framework,
+        texts=tuple(prompts.decode(tokens)),
+        tokens=tuple(map(tuple, tokens)),
+        logits=logits,
+        load_seconds=reply.seconds["load"],
+        first_seconds=reply.seconds["first run"],
+        second_seconds=reply.seconds["second run"],
+        peak_bytes=reply.peak_bytes,
+    )
+
+
+def compare(answers: Sequence[Answer]) -> list[Difference]:
+    """Every pair of answers."""
+    differences = []
+    for first, second in combinations(answers, 2):
+        absolute = float(np.abs(first.logits - second.logits).max())
+        largest = float(max(np.abs(first.logits).max(), np.abs(second.logits).max()))
+        differences.append(
+            Difference(
+                first.framework,
+                second.framework,
+                absolute,
+                absolute / largest if largest else absolute,
+                first.tokens == second.tokens,
+            )
+        )
+    return differences

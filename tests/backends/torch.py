@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PyTorch backend for the shared suite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import opt_torch
+from opt_core import GenerationConfig, OPTConfig
+from opt_core.generation.processors import LogitsProcessor
+from opt_core.params import param_table
+from opt_torch.activations import ACTIVATIONS
+from opt_torch.attention import KERNELS
+from opt_torch.generation.processors import APPLY, process
+from opt_torch.generation.state import DecodeState
+from opt_torch.weights import canonical_arrays
+from tests.backends.base import Array, Backend, canonical_shapes, nested, read_output
+
+
+class TorchBackend(Backend):
+    name = "torch"
+    prefix = ""
+    package = opt_torch
+    kernels = tuple(KERNELS)
+    applied = frozenset(APPLY)
+
+    def activation(self, name: str, x: Array) -> Array:
+        return ACTIVATIONS[name](torch.from_numpy(x)).numpy()
+
+    def load(self, path: str | Path, *, base: bool = False, **options: Any) -> Any:
+        return self._class(base).from_pretrained(path, **options)
+
+    def create(
+        self, config: OPTConfig, seed: int = 0, *, base: bool = False, **options: Any
+    ) -> Any:
+        torch.manual_seed(seed)
+        return self._class(base)(config, **options).eval()
+
+    def save(self, model: Any, path: Path, **options: Any) -> None:
+        model.save_pretrained(path, **options)
+
+    def config(self, model: Any) -> OPTConfig:
+        return model.config
+
+    def generation_config(self, model: Any) -> GenerationConfig:
+        return model.generation_config
+
+    def canonical_weights(self, model: Any) -> dict[str, Array]:
+        rows = canonical_arrays(model, model.config, model.architecture)
+        return {param.name: read().copy() for param, _, read in rows}
+
+    def shapes(self, config: OPTConfig, *, base: bool = False) -> dict[str, tuple[int, ...]]:
+        with torch.device("meta"):
+            model = self._class(base)(config)
+        leaves = {tuple(name.split(".")): p.shape for name, p in model.named_parameters()}
+        architecture = model.architecture
+        return canonical_shapes(param_table(config, architecture), "torch", architecture, leaves)
+
+    def forward(
+        self, model: Any, *, train: bool = False, seed: int = 0, **inputs: Any
+    ) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        model.train(train)
+        try:
+            with torch.no_grad():
+                output = model(**{key: _tensor(value) for key, value in inputs.items()})
+        finally:
+            model.eval()
+        return read_output(output, _numpy)
+
+    def init_cache(self, model: Any, batch_size: int, max_length: int) -> Any:
+        return model.init_cache(batch_size, max_length)
+
+    def generate(self, model: Any, input_ids: Array | None = None, **options: Any) -> Array:
+        options = {key: _tensor(value) for key, value in options.items()}
+        return model.generate(_tensor(input_ids), **options).numpy()
+
+    def process(
+        self,
+        processors: Sequence[LogitsProcessor],
+        scores: Array,
+        tokens: Array,
+        mask: Array,
+        length: int,
+        prompt_length: int,
+    ) -> Array:
+        state = DecodeState(
+            tokens=torch.from_numpy(tokens),
+            mask=torch.from_numpy(mask),
+            length=length,
+            prompt_length=prompt_length,
+            finished=torch.zeros(len(tokens), dtype=torch.bool),
+            logits=torch.from_numpy(scores),
+            cache=None,
+        )
+        return process(tuple(processors), state.logits, state).numpy()
+
+    def _class(self, base: bool) -> Any:
+        return opt_torch.OPTModel if base else opt_torch.OPTForCausalLM
+
+
+def _tensor(value: Any) -> Any:
+    """Arrays as tensors, also in the pairs of past_key_values; all else as it is."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_tensor(item) for item in value)
+    return value
+
+
+def _numpy(value: Any) -> Any:
+    return nested(value, lambda t: (t.float() if t.is_floating_point() else t).numpy())
+
+
+BACKEND = TorchBackend()
