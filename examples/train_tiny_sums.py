@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train `opt-tiny-sums` from nothing: an OPT with 0.46M parameters learns sums and differences in words.
 
-    python examples/train_tiny_sums.py opt-tiny-sums          (needs opt-zoo[torch]; minutes on one core)
+    python examples/train_tiny_sums.py my-sums     (needs opt-zoo[torch]; about ten minutes on one core)
 
 Writes a checkpoint that all three frameworks load. The one inside the package was made by this script
-with its default arguments. The loss counts the answer fully and the prompt, which is mostly chance, little.
+with its default arguments; without a directory, it is overwritten. The loss counts the answer fully and
+the prompt, which is mostly chance, little.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opt_core.assets import TINY_SUMS
 from opt_core.assets.sums import TrainingData, encode_problems, problems, train_tokenizer
 from opt_torch import OPTConfig, OPTForCausalLM
 
@@ -30,7 +32,13 @@ WEIGHT_DECAY = 0.1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("directory", type=Path, help="where the checkpoint is written")
+    parser.add_argument(
+        "directory",
+        type=Path,
+        nargs="?",
+        default=TINY_SUMS,
+        help="where the checkpoint is written (default: into the package)",
+    )
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of the CPU; the model is tiny")

@@ -52,7 +52,11 @@ class CausalLMOutput(ModelOutput):
     FIELDS = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
 
 
-OUTPUTS = (BaseModelOutput, CausalLMOutput)
+class GenerateOutput(ModelOutput):
+    FIELDS = ("sequences",)
+
+
+OUTPUTS = (BaseModelOutput, CausalLMOutput, GenerateOutput)
 
 
 def flatten(output: ModelOutput) -> tuple[list[Any], tuple[str, ...]]:

@@ -169,21 +169,16 @@ class OPTTokenizer(Vocabulary):
         if truncation is None:
             truncation = max_length is not None and strategy is None
         cut = _TRUNCATION[one_of("truncation", truncation, _TRUNCATION)]
+        if max_length is not None and strategy == "longest" and cut is None:
+            raise InputError(
+                f"max_length={max_length} would do nothing: padding=True pads to the longest text; "
+                "add truncation=True, or use padding='max_length'"
+            )
         limit = self._limit("truncation", cut, max_length) if cut else None
         is_single, firsts, seconds = encodings.as_pairs(text, text_pair)
         bos = self._bos() if add_special_tokens else []
-        rows: list[list[Token]] = []
-        samples: list[int] = []
-        pieces = zip(self._split(firsts, 0), self._split(seconds, 1), seconds, strict=True)
-        for sample, (first, second, second_text) in enumerate(pieces):
-            has_pair = second_text is not None
-            parts = [(first, second)]
-            if cut is not None and limit is not None:
-                room = limit - len(bos) * (1 + has_pair)
-                overlap = stride if return_overflowing_tokens else None
-                parts = encodings.fit(first, second, room, cut, self.truncation_side, overlap)
-            rows += [bos + one + (bos if has_pair else []) + two for one, two in parts]
-            samples += [sample] * len(parts)
+        overlap = stride if return_overflowing_tokens else None
+        samples, rows = self._rows(firsts, seconds, bos, cut, limit, overlap)
         length = self._padded_length(
             [len(r) for r in rows], strategy, max_length, pad_to_multiple_of
         )
@@ -327,6 +322,29 @@ class OPTTokenizer(Vocabulary):
             ]
             for row in encoded
         ]
+
+    def _rows(
+        self,
+        firsts: Sequence[str],
+        seconds: Sequence[str | None],
+        bos: list[Token],
+        strategy: str | None,
+        limit: int | None,
+        stride: int | None,
+    ) -> tuple[list[int], list[list[Token]]]:
+        """Return the rows of a batch, each led by `bos` and cut to `limit`, and the text of each row."""
+        samples: list[int] = []
+        rows: list[list[Token]] = []
+        pieces = zip(self._split(firsts, 0), self._split(seconds, 1), seconds, strict=True)
+        for sample, (first, second, second_text) in enumerate(pieces):
+            second_bos = [] if second_text is None else bos
+            parts = [(first, second)]
+            if strategy is not None and limit is not None:
+                room = limit - len(bos) - len(second_bos)
+                parts = encodings.fit(first, second, room, strategy, self.truncation_side, stride)
+            rows += [bos + one + second_bos + two for one, two in parts]
+            samples += [sample] * len(parts)
+        return samples, rows
 
     def _bos(self) -> list[Token]:
         if not self.add_bos_token:

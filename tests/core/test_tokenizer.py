@@ -268,6 +268,7 @@ def test_missing_framework_is_named(name: str, extra: str, monkeypatch: pytest.M
         ("a", {"padding": 1}, "padding=1"),
         ("a", {"padding": True, "padding_side": "up"}, "padding_side='up'"),
         ("a", {"pad_to_multiple_of": 8}, "needs padding"),
+        ("a", {"padding": True, "max_length": 8}, "would do nothing"),
         (7, {}, "expected a text"),
         (["a", 7], {}, "item 1 of the batch"),
         ([["a", "b", "c"]], {}, "item 0 of the batch"),

@@ -29,6 +29,7 @@ class Job:
     checkpoint: str
     inputs: str  # input_ids and attention_mask, both [B, T]
     new_tokens: int = 0
+    dtype: str = "float32"
 
 
 def peer_python(name: str) -> Path:

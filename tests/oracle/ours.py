@@ -15,7 +15,7 @@ def main(framework: str, folder: Path) -> None:
     backend = importlib.import_module(f"tests.backends.{framework}").BACKEND
     for index, job in enumerate(json.loads((folder / "jobs.json").read_text())):
         inputs = dict(np.load(job["inputs"]))
-        model = backend.load(job["checkpoint"])
+        model = backend.load(job["checkpoint"], dtype=job["dtype"])
         result = {"logits": backend.forward(model, **inputs)["logits"]}
         if job["new_tokens"]:
             options = {"max_new_tokens": job["new_tokens"], "eos_token_id": None}

@@ -14,44 +14,45 @@ from typing import Any
 import numpy as np
 
 
-def greedy(model: Any, new_tokens: int) -> dict[str, Any]:
+def greedy(model: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Options for greedy decoding to the full length; an eos of None would mean the model's own."""
     model.config.eos_token_id = model.generation_config.eos_token_id = None
-    return {"max_new_tokens": new_tokens, "do_sample": False}
+    return {"max_new_tokens": job["new_tokens"], "do_sample": False}
 
 
-def run_pt(checkpoint: str, ids: np.ndarray, mask: np.ndarray, new_tokens: int) -> dict[str, Any]:
+def run_pt(job: dict[str, Any], ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
     import torch
     from transformers import OPTForCausalLM
 
-    model = OPTForCausalLM.from_pretrained(checkpoint).float().eval()
+    dtype = getattr(torch, job["dtype"])
+    model = OPTForCausalLM.from_pretrained(job["checkpoint"], torch_dtype=dtype).eval()
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
     with torch.no_grad():
-        result = {"logits": model(**inputs).logits.numpy()}
-        if new_tokens:
-            result["sequences"] = model.generate(**inputs, **greedy(model, new_tokens)).numpy()
+        result = {"logits": model(**inputs).logits.float().numpy()}
+        if job["new_tokens"]:
+            result["sequences"] = model.generate(**inputs, **greedy(model, job)).numpy()
     return result
 
 
-def run_tf(checkpoint: str, ids: np.ndarray, mask: np.ndarray, new_tokens: int) -> dict[str, Any]:
+def run_tf(job: dict[str, Any], ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
     import tensorflow as tf
     from transformers import TFOPTForCausalLM
 
-    model = TFOPTForCausalLM.from_pretrained(checkpoint)
+    model = TFOPTForCausalLM.from_pretrained(job["checkpoint"])
     inputs = {"input_ids": tf.constant(ids), "attention_mask": tf.constant(mask)}
     result = {"logits": model(inputs, training=False).logits.numpy()}
-    if new_tokens:
-        result["sequences"] = model.generate(**inputs, **greedy(model, new_tokens)).numpy()
+    if job["new_tokens"]:
+        result["sequences"] = model.generate(**inputs, **greedy(model, job)).numpy()
     return result
 
 
-def run_flax(checkpoint: str, ids: np.ndarray, mask: np.ndarray, new_tokens: int) -> dict[str, Any]:
+def run_flax(job: dict[str, Any], ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
     from transformers import FlaxOPTForCausalLM
 
-    model = FlaxOPTForCausalLM.from_pretrained(checkpoint)
+    model = FlaxOPTForCausalLM.from_pretrained(job["checkpoint"])
     result = {"logits": np.asarray(model(ids, attention_mask=mask).logits)}
-    if new_tokens:
-        options = greedy(model, new_tokens)
+    if job["new_tokens"]:
+        options = greedy(model, job)
         result["sequences"] = np.asarray(
             model.generate(ids, attention_mask=mask, **options).sequences
         )
@@ -65,7 +66,7 @@ def main(framework: str, folder: Path) -> None:
     for index, job in enumerate(json.loads((folder / "jobs.json").read_text())):
         inputs = np.load(job["inputs"])
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        result = RUN[framework](job["checkpoint"], ids, mask, job["new_tokens"])
+        result = RUN[framework](job, ids, mask)
         np.savez(folder / f"{index}.npz", **result)
 
 
