@@ -27,6 +27,7 @@ test-slow: $(READY)  ## the tests that take more than a minute each
 
 oracle: $(READY) $(PEERS_READY)  ## compare live with transformers 4.37.2, 4.57.1, 5.23 and CTranslate2
 	OPT_ZOO_PEERS=$(ENVIRONMENTS) $(BIN)/python -m pytest -m oracle tests/oracle
+	$(BIN)/python docs/make_numerics.py
 
 golden: $(ENVIRONMENTS)/hf437/.ready  ## remake the golden files with transformers 4.37.2
 	for script in tests/golden/make_*.py; do $(ENVIRONMENTS)/hf437/bin/python $$script || exit 1; done

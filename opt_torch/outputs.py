@@ -15,7 +15,7 @@ for _output in OUTPUTS:
     pytree.register_pytree_node(
         _output,
         flatten,
-        lambda values, names, cls=_output: unflatten(cls, names, iter(values)),
+        lambda values, names, cls=_output: unflatten(cls, names, iter(values)),  # type: ignore[misc]
         serialized_type_name=f"opt_core.outputs.{_output.__name__}",
     )
 pytree.register_pytree_node(

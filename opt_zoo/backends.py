@@ -81,7 +81,7 @@ class CausalLM:
             import torch
 
             with torch.no_grad():
-                return self.model(**self._tensors(inputs)).logits.float().numpy()
+                return np.asarray(self.model(**self._tensors(inputs)).logits.float())
         return np.asarray(self.model(**self._tensors(inputs)).logits).astype(np.float32)
 
     def generate(self, inputs: dict[str, Any], options: dict[str, Any]) -> NDArray[np.int64]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from dataclasses import fields as fields_of
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,9 @@ from opt_zoo.worker import Request
 
 #: Problems that the embedded model never saw in training.
 DEFAULT_PROMPTS = (
-    "forty-two plus seventeen is",
+    "ninety-six plus eighty-seven is",
+    "thirty-eight minus seventy-two is",
+    "twenty minus seven is",
 )
 
 
@@ -114,3 +118,19 @@ def compare(answers: Sequence[Answer]) -> list[Difference]:
             )
         )
     return differences
+
+
+def to_dict(
+    prompts: Prompts, answers: Sequence[Answer], differences: Sequence[Difference]
+) -> dict[str, Any]:
+    """All of it as JSON, but for the logits."""
+    shown = []
+    for given in answers:
+        fields = {f.name: getattr(given, f.name) for f in fields_of(given) if f.name != "logits"}
+        shown.append({**fields, "tokens_per_second": given.tokens_per_second})
+    return {
+        "prompts": list(prompts.texts),
+        "answers": shown,
+        "differences": [asdict(difference) for difference in differences],
+        "same_tokens": all(difference.same_tokens for difference in differences),
+    }

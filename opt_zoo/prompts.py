@@ -11,9 +11,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.config import CONFIG_NAME, OPTConfig
 from opt_core.errors import InputError
 from opt_core.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
-from opt_core.config import CONFIG_NAME, OPTConfig
 from opt_core.tokenizer import OPTTokenizer
 
 

@@ -81,9 +81,7 @@ def answer(request: Request, send: Send) -> dict[str, Any]:
         return result
 
     timed("import", lambda: CausalLM.model_class(request.framework))
-    model = timed(
-        "load", lambda: CausalLM.load(request.framework, request.model, request.dtype)
-    )
+    model = timed("load", lambda: CausalLM.load(request.framework, request.model, request.dtype))
     sequences = timed("first run", lambda: generate(model, request, send))
     if request.repeat:
         sequences = timed("second run", lambda: generate(model, request, send))

@@ -7,10 +7,13 @@ Three runtimes in one process fight over threads and memory, so a process tests 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from tests.backends.base import Backend
+from tests.cases import case
 
 BACKENDS = ("torch", "tf", "flax")
 
@@ -30,3 +33,17 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     name = request.config.getoption("--backend")
     adapter: Backend = importlib.import_module(f"tests.backends.{name}").BACKEND
     return adapter
+
+
+@pytest.fixture(scope="session")
+def models(backend: Backend) -> Callable[..., Any]:
+    """The model of a golden case by name, loaded once for each set of options."""
+    loaded: dict[tuple[Any, ...], Any] = {}
+
+    def get(name: str, **options: Any) -> Any:
+        key = (name, *options.items())
+        if key not in loaded:
+            loaded[key] = backend.load(case(name).folder, **options)
+        return loaded[key]
+
+    return get

@@ -26,7 +26,6 @@ ENVIRONMENT = {
     "TF_NUM_INTRAOP_THREADS": "2",
     "TF_NUM_INTEROP_THREADS": "2",
     "TF_CPP_MIN_LOG_LEVEL": "2",
-    "HF_HUB_OFFLINE": "1",
 }
 
 
@@ -44,7 +43,13 @@ class Result:
 def parts(slow: bool) -> dict[str, list[str]]:
     """The commands by name, in order: lint and types, the neutral tests, each backend."""
     python = [sys.executable, "-m"]
-    pytest = [*python, "pytest", "-q", "-m", "slow" if slow else "not (hub or gpu or oracle or slow)"]
+    pytest = [
+        *python,
+        "pytest",
+        "-q",
+        "-m",
+        "slow" if slow else "not (hub or gpu or oracle or slow)",
+    ]
     commands = {}
     if not slow:
         commands = {
@@ -70,7 +75,9 @@ def run(name: str, command: list[str]) -> Result:
         report = Path(folder) / "report.xml"
         if "pytest" in command:
             command = [*command, f"--junitxml={report}"]
-        code = subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, **os.environ}, check=False).returncode
+        code = subprocess.run(
+            command, cwd=ROOT, env={**ENVIRONMENT, **os.environ}, check=False
+        ).returncode
         passed, failed, skipped = _counts(report) if report.exists() else (int(code == 0), 0, 0)
     if code and not failed:
         failed = 1  # a crash, no tests found, or a tool's complaint

@@ -88,7 +88,7 @@ class GenerationConfig:
     @classmethod
     def from_model_config(cls, config: OPTConfig) -> Self:
         """The defaults of a model that brings no generation_config.json of its own."""
-        ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id")}
+        ids = {"pad_token_id": config.pad_token_id, "bos_token_id": config.bos_token_id}
         legacy = {key: value for key, value in config.extra.items() if key in _FIELDS}
         return cls(**{**legacy, **ids, "eos_token_id": config.eos_token_id})
 

@@ -107,7 +107,7 @@ class TorchBackend(Backend):
 def _tensor(value: Any) -> Any:
     """Arrays as tensors, also in the pairs of past_key_values; all else as it is."""
     if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
+        return torch.tensor(value)  # a copy: the golden arrays are not to be written
     if isinstance(value, list | tuple):
         return type(value)(_tensor(item) for item in value)
     return value

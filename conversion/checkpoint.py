@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint as found: its files open, its configuration read, nothing held against the other yet."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from opt_core.checkpoints import CheckpointReader
+from opt_core.config import CONFIG_NAME, OPTConfig
+from opt_core.hub import resolve
+from opt_core.params import ARCHITECTURES
+
+DEFAULT_ARCHITECTURE = "OPTForCausalLM"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint; a context manager that closes its files."""
+
+    directory: Path
+    config: OPTConfig | None  # None where there is no config.json beside the weights
+    reader: CheckpointReader
+
+    @property
+    def architecture(self) -> str:
+        """The class of model that the configuration names, by its name in PyTorch."""
+        for name in (self.config.architectures if self.config else None) or ():
+            name = name.removeprefix("TF").removeprefix("Flax")
+            if name in ARCHITECTURES:
+                return name
+        return DEFAULT_ARCHITECTURE
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.reader.close()
+
+
+def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a directory, a file of weights, an index of several, or a model of the hub.
+
+    Raises:
+        HubError: nothing found under that name.
+        ConfigError: an invalid config.json.
+        CheckpointError: a directory without weights.
+        FormatError: a damaged or unsafe file.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        directory = path.parent
+    else:
+        directory = path = resolve(source)
+    config_file = directory / CONFIG_NAME
+    config = OPTConfig.from_json_file(config_file) if config_file.is_file() else None
+    return Checkpoint(directory, config, CheckpointReader.open(path))

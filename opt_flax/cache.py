@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys and values of past tokens: an explicit value, passed in and handed back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import dynamic_update_slice_in_dim
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's keys and values, each [B, S, N, H]."""
+
+    key: Array
+    value: Array
+
+    def extended(self, key: Array, value: Array, length: Array | None) -> LayerCache:
+        """The cache with T more columns: appended, or written at column `length` of the buffers."""
+        if length is None:
+            return LayerCache(
+                jnp.concatenate([self.key, key], axis=1),
+                jnp.concatenate([self.value, value], axis=1),
+            )
+        return LayerCache(
+            dynamic_update_slice_in_dim(self.key, key.astype(self.key.dtype), length, axis=1),
+            dynamic_update_slice_in_dim(self.value, value.astype(self.value.dtype), length, axis=1),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache(Sequence[tuple[Array, Array]]):
+    """The cache of all layers.
+
+    A *growing* cache (`length` None) has just the columns in use, and is copied at each extension.
+    A *fixed* cache has buffers for a maximal length, of which the first `length` columns are in use;
+    its shapes stay the same, so that a compiled step serves all lengths. As a sequence, a cache is
+    the reference's `past_key_values`: per layer a pair (key, value), each [B, N, S, H].
+    """
+
+    layers: tuple[LayerCache, ...]
+    length: Array | None = None  # int32 scalar
+
+    @classmethod
+    def fixed(cls, num_layers: int, shape: tuple[int, int, int, int], dtype: Any) -> KVCache:
+        """Empty buffers of `shape` [B, S, N, H] for every layer."""
+        layers = tuple(
+            LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers)
+        )
+        return cls(layers, jnp.zeros((), jnp.int32))
+
+    @classmethod
+    def from_pairs(cls, pairs: Any) -> KVCache:
+        """A growing cache from the reference's tuples, or the cache itself where it is one."""
+        if isinstance(pairs, KVCache):
+            return pairs
+        return cls(tuple(LayerCache(*(jnp.asarray(x).swapaxes(1, 2) for x in p)) for p in pairs))
+
+    def advanced(self, layers: tuple[LayerCache, ...], length: int) -> KVCache:
+        """This cache with the layers after `length` more tokens."""
+        return KVCache(layers, None if self.length is None else self.length + length)
+
+    def with_capacity(self, capacity: int) -> KVCache:
+        """This growing cache as a fixed one of `capacity` columns."""
+        room = ((0, 0), (0, capacity - self.capacity), (0, 0), (0, 0))
+        layers = jax.tree.map(lambda x: jnp.pad(x, room), self.layers)
+        return KVCache(layers, jnp.asarray(self.capacity, jnp.int32))
+
+    @property
+    def capacity(self) -> int:
+        return self.layers[0].key.shape[1] if self.layers else 0
+
+    @property
+    def used(self) -> int | Array:
+        """The number of columns in use."""
+        return self.capacity if self.length is None else self.length
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self)[index]
+        layer = self.layers[index]
+        used = int(self.used)
+        key, value = layer.key[:, :used], layer.value[:, :used]
+        return key.swapaxes(1, 2), value.swapaxes(1, 2)
+
+    def __iter__(self) -> Iterator[tuple[Array, Array]]:
+        return (self[index] for index in range(len(self)))

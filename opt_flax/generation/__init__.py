@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Executes the decode plans of `opt_core.generation`."""

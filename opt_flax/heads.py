@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models with a head on top."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from opt_core import InputError, OPTConfig
+from opt_core.inputs import check_ids
+from opt_core.params import has_untied_head
+from opt_flax.attention import DEFAULT_KERNEL
+from opt_flax.model import OPTModule
+from opt_flax.outputs import CausalLMOutput
+from opt_flax.parts import is_readable, linear
+from opt_flax.pretrained import FlaxOPTPreTrainedModel
+
+IGNORED_LABEL = -100
+
+
+class OPTForCausalLMModule(nn.Module):
+    """The Linen module of `FlaxOPTForCausalLM`: arguments as there, and `deterministic` last."""
+
+    config: OPTConfig
+    attn_implementation: str = DEFAULT_KERNEL
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        self.model = OPTModule(config, self.attn_implementation, self.dtype, self.param_dtype)
+        if has_untied_head(config):
+            numbers = (config.init_std, self.dtype, self.param_dtype)
+            self.lm_head = linear(config.vocab_size, *numbers, bias=False)
+
+    def logits(self, hidden_states: Array) -> Array:
+        """[..., E] -> [..., V], by the word embeddings where the configuration ties the head."""
+        if has_untied_head(self.config):
+            return self.lm_head(hidden_states)
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits = self.model.decoder.embed_tokens.attend(flat)
+        return logits.reshape(*hidden_states.shape[:-1], self.config.vocab_size)
+
+    def __call__(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        head_mask: Array | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Array | None = None,
+        labels: Array | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        position_ids: Array | None = None,
+        deterministic: bool = True,
+    ) -> CausalLMOutput | tuple[Any, ...]:
+        outputs: Any = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            head_mask=head_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            position_ids=position_ids,
+            deterministic=deterministic,
+        )
+        logits = self.logits(outputs.last_hidden_state)  # [B, T, V]
+        output = CausalLMOutput(
+            loss=None if labels is None else causal_lm_loss(logits, labels),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
+    """OPT with a language modelling head, by default tied to the word embeddings."""
+
+    architecture = "OPTForCausalLM"
+    module_class = OPTForCausalLMModule
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Mapping[str, Any] | None = None,
+        past_key_values: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        dropout_rng: Array | None = None,
+        deterministic: bool = True,
+        *,
+        train: bool | None = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        use_cache: bool | None = None,
+    ) -> CausalLMOutput | tuple[Any, ...]:
+        """Runs the model; arguments as `FlaxOPTModel.__call__`, and
+
+        Args:
+            labels: [B, T] token ids, -100 where none counts; shifted here, not by the caller.
+
+        Returns:
+            `loss` (with labels), `logits` [B, T, V], and the optional fields of `FlaxOPTModel`.
+
+        Raises:
+            InputError: arguments that do not fit each other or the model.
+        """
+        return self._apply(
+            params,
+            dropout_rng,
+            deterministic if train is None else not train,
+            arrays={
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "head_mask": head_mask,
+                "inputs_embeds": inputs_embeds,
+                "position_ids": position_ids,
+                "labels": labels,
+            },
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+        )
+
+
+def causal_lm_loss(logits: Array, labels: Array) -> Array:
+    """The mean cross-entropy of each token given those before it; labels of -100 do not count.
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T].
+    """
+    _check_labels(logits, labels)
+    logits, labels = logits[:, :-1].astype(jnp.float32), labels[:, 1:]
+    counts = labels != IGNORED_LABEL
+    target = jnp.where(counts, labels, 0)[..., None]  # [B, T - 1, 1]
+    chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - chosen  # [B, T - 1]
+    return jnp.where(counts, losses, 0).sum() / counts.sum()
+
+
+def _check_labels(logits: Array, labels: Array) -> None:
+    if labels.shape != logits.shape[:2]:
+        raise InputError(f"labels: expected the shape {logits.shape[:2]}, found {labels.shape}.")
+    if is_readable(labels):
+        values = np.asarray(labels)
+        values = values[values != IGNORED_LABEL]
+        if values.size:
+            check_ids(int(values.min()), int(values.max()), logits.shape[-1], "labels")

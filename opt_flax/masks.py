@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the attention mask: each token's position, and which keys each query may see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def positions_from_mask(
+    attention_mask: Array, past_length: int | Array, query_length: int
+) -> Array:
+    """Each token's index among the real tokens of its row; -1 at pads.
+
+    `modeling_opt.py:97-107` of the reference: cumsum(mask) * mask - 1, then the part beyond the past.
+
+    Args:
+        attention_mask: [B, S], 1 at real tokens and 0 at pads.
+
+    Returns:
+        [B, T] with T = query_length, from column `past_length` on, int32.
+    """
+    mask = attention_mask.astype(jnp.int32)
+    positions = jnp.cumsum(mask, axis=1) * mask - 1
+    return jax.lax.dynamic_slice_in_dim(positions, past_length, query_length, axis=1)
+
+
+def attention_bias(
+    attention_mask: Array | None,
+    query_length: int,
+    key_length: int,
+    past_length: int | Array,
+    dtype: Any,
+) -> Array:
+    """0 where a query may see a key, the dtype's lowest finite number where it may not.
+
+    The lowest finite number, not -inf: a row in which every key is masked stays finite.
+
+    Args:
+        attention_mask: [B, S], 1 at real tokens; None where all are real.
+
+    Returns:
+        [B or 1, 1, T, S].
+    """
+    query = past_length + jnp.arange(query_length)[:, None]  # [T, 1]
+    key = jnp.arange(key_length)  # [S]
+    visible = (key <= query)[None, None]  # [1, 1, T, S]
+    if attention_mask is not None:
+        visible = visible & (attention_mask == 1)[:, None, None, :]  # [B, 1, T, S]
+    return jnp.where(visible, jnp.zeros((), dtype), jnp.finfo(dtype).min)

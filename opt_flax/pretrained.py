@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every model class can do besides running: load, save, generate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax import Array
+
+from opt_core import GenerationConfig, InputError, OPTConfig
+from opt_core.dtypes import MODEL_DTYPES, dtype_name
+from opt_core.params import num_parameters, param_table
+from opt_core.pretrained import open_pretrained, save_pretrained
+from opt_flax.attention import DEFAULT_KERNEL, KERNELS
+from opt_flax.cache import KVCache
+from opt_flax.generation.generate import generate
+from opt_flax.outputs import GenerateOutput
+from opt_flax.weights import Params, assign, canonical_arrays, check_params, initialize
+
+
+class FlaxOPTPreTrainedModel:
+    """The common part of the model classes.
+
+    Args:
+        config: the model's sizes and options.
+        input_shape: not used, since the parameters' shapes follow from the configuration alone.
+        seed: of the initial values.
+        dtype: of the computation, in every layer.
+        _do_init: False leaves the model without `params`; they are then an argument of each call.
+        param_dtype: of the initial values.
+        attn_implementation: "eager" (the default) or "sdpa".
+    """
+
+    architecture: ClassVar[str]
+    module_class: ClassVar[type[nn.Module]]
+    base_model_prefix = "model"
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        input_shape: tuple[int, ...] = (1, 1),
+        seed: int = 0,
+        dtype: Any = jnp.float32,
+        _do_init: bool = True,
+        *,
+        param_dtype: Any = jnp.float32,
+        attn_implementation: str | None = None,
+    ) -> None:
+        if not isinstance(config, OPTConfig):
+            raise InputError(
+                f"{type(self).__name__} expects an OPTConfig, found {type(config).__name__}. To load "
+                f"a checkpoint, call {type(self).__name__}.from_pretrained(name_or_path)."
+            )
+        if attn_implementation not in (None, *KERNELS):
+            raise InputError(
+                f"Unknown attn_implementation {attn_implementation!r}: expected one of {[*KERNELS]}."
+            )
+        self.config = config
+        self.attn_implementation = attn_implementation or DEFAULT_KERNEL
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self.dtype = _available(dtype)
+        self.param_dtype = _available(param_dtype)
+        self.module = self.module_class(
+            config, self.attn_implementation, self.dtype, self.param_dtype
+        )
+        self._params: Params | None = None
+        if _do_init:
+            self._params = self.init_weights(jax.random.key(seed), input_shape)
+
+    def init_weights(self, rng: Array, input_shape: tuple[int, ...] = (1, 1)) -> Params:
+        """Draws initial values from the key: a new tree, the model keeps its own.
+
+        Args:
+            input_shape: not used, as in the constructor.
+        """
+        table = param_table(self.config, self.architecture)
+        return unflatten_dict(
+            initialize(rng, self.config, table, self.architecture, self.param_dtype)
+        )
+
+    @property
+    def params(self) -> Params:
+        """The parameters: plain nested dicts with the reference's names.
+
+        Raises:
+            InputError: the model was made with `_do_init=False` and none were set; or, when set,
+                names or shapes that differ from the configuration's.
+        """
+        if self._params is None:
+            raise InputError(
+                "This model was made with _do_init=False and holds no parameters: pass params= to "
+                "each call, or set model.params. init_weights(rng) draws some."
+            )
+        return self._params
+
+    @params.setter
+    def params(self, params: Mapping[str, Any]) -> None:
+        self._params = check_params(params, self.config, self.architecture)
+
+    def num_parameters(self) -> int:
+        """The number of scalars, the tied head counted once."""
+        return num_parameters(self.config, self.architecture)
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty fixed cache, to be passed as `past_key_values`."""
+        config = self.config
+        shape = (batch_size, max_length, config.num_attention_heads, config.head_dim)
+        return KVCache.fixed(config.num_hidden_layers, shape, self.dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        attn_implementation: str | None = None,
+        output_loading_info: bool = False,
+        param_dtype: Any = None,
+        _do_init: bool = True,
+        **options: Any,
+    ) -> Self | tuple[Any, ...]:
+        """Loads a checkpoint from a directory or from the hub.
+
+        Args:
+            name_or_path: a directory, or the name of a model on the hub.
+            attn_implementation: "eager" (the default) or "sdpa".
+            output_loading_info: returns (model, report) instead of raising about missing or
+                unexpected tensors.
+            param_dtype: to hold the parameters in; by default `dtype`, the computation's. The
+                reference's `dtype=jnp.bfloat16` is `dtype="bfloat16", param_dtype="float32"` here.
+            _do_init: False returns (model, params), the model without parameters of its own; with
+                `output_loading_info`, (model, params, report).
+            options: `dtype`, `config`, `ignore_mismatched_sizes`, hub options and configuration
+                overrides: see `opt_core.pretrained.open_pretrained`, which also lists the errors.
+        """
+        with open_pretrained(
+            name_or_path, cls.architecture, output_loading_info=output_loading_info, **options
+        ) as pretrained:
+            config = pretrained.config
+            model = cls(
+                config,
+                dtype=pretrained.dtype,
+                _do_init=False,
+                param_dtype=pretrained.dtype if param_dtype is None else param_dtype,
+                attn_implementation=attn_implementation,
+            )
+            params = assign(config, cls.architecture, pretrained.sources, model.param_dtype)
+        model.generation_config = pretrained.generation_config
+        if _do_init:
+            model._params = params
+        loaded: tuple[Any, ...] = (model,) if _do_init else (model, params)
+        if output_loading_info:
+            loaded += (pretrained.report.loading_info(),)
+        return loaded if len(loaded) > 1 else model
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        params: Mapping[str, Any] | None = None,
+        *,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Writes config, generation config and canonical safetensors into `directory`.
+
+        Args:
+            directory: made if need be.
+            params: the parameters to write instead of `self.params`.
+            max_shard_size: bytes, or such as "5GB".
+        """
+        params = check_params(self._given(params), self.config, self.architecture)
+        tensors = canonical_arrays(params, self.config, self.architecture)
+        save_pretrained(
+            directory,
+            self.config,
+            self.generation_config,
+            self.architecture,
+            tensors,
+            max_shard_size=max_shard_size,
+        )
+
+    def generate(self, input_ids: Any = None, **options: Any) -> GenerateOutput:
+        """Continues the prompts; see `opt_flax.generation.generate.generate`."""
+        return generate(self, input_ids, **options)
+
+    def _given(self, params: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        return self.params if params is None else params
+
+    def _apply(
+        self,
+        params: Mapping[str, Any] | None,
+        dropout_rng: Array | None,
+        deterministic: bool,
+        arrays: Mapping[str, Any],
+        **arguments: Any,
+    ) -> Any:
+        """Runs the module, with `arrays` (lists and numpy's too) and `arguments`."""
+        config = self.config
+        drops = max(config.dropout, config.attention_dropout, config.layerdrop) > 0
+        if drops and not deterministic and dropout_rng is None:
+            raise InputError(
+                f"Training with dropout={config.dropout}, attention_dropout="
+                f"{config.attention_dropout}, layerdrop={config.layerdrop} needs a dropout_rng: "
+                "pass one such as jax.random.key(0), a new one for each step."
+            )
+        for name, value in arrays.items():
+            arguments[name] = None if value is None else jnp.asarray(value)
+        return self.module.apply(
+            {"params": self._given(params)},
+            **arguments,
+            deterministic=deterministic,
+            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
+        )
+
+
+def _available(dtype: Any) -> np.dtype:
+    """The dtype of that name or object, if JAX has it switched on."""
+    found = MODEL_DTYPES[dtype_name(dtype)]
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise InputError(
+            f"dtype {found}: JAX computes in 64 bits only after "
+            'jax.config.update("jax_enable_x64", True).'
+        )
+    return found

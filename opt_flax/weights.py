@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between the parameter table and the tree of parameters: initial values, assigning, reading back.
+
+A tree is a plain nested dict; here it is mostly flat: {path: array}, the path as in `Param.path`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from opt_core import InputError, OPTConfig
+from opt_core.loading import Source
+from opt_core.params import EMBEDDING_NAME, Kind, Param, param_table
+
+Params = dict[str, Any]
+
+INITIAL_VALUES: Mapping[Kind, Callable[..., Array]] = {
+    Kind.LINEAR: lambda key, shape, dtype, std: std * jax.random.normal(key, shape, dtype),
+    Kind.BIAS: lambda key, shape, dtype, std: jnp.zeros(shape, dtype),
+    Kind.EMBEDDING: lambda key, shape, dtype, std: std * jax.random.normal(key, shape, dtype),
+    Kind.NORM_SCALE: lambda key, shape, dtype, std: jnp.ones(shape, dtype),
+    Kind.NORM_BIAS: lambda key, shape, dtype, std: jnp.zeros(shape, dtype),
+}
+
+
+def initializer(kind: Kind, std: float, zero_row: int | None = None) -> Callable[..., Array]:
+    """A function (key, shape, dtype) -> initial values, with one row of zeros if asked for."""
+
+    def draw(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        values = INITIAL_VALUES[kind](key, shape, dtype, std)
+        return values if zero_row is None else values.at[zero_row].set(0)
+
+    return draw
+
+
+def initialize(
+    rng: Array, config: OPTConfig, params: tuple[Param, ...], arch: str, dtype: Any
+) -> dict[tuple[str, ...], Array]:
+    """Draws N(0, init_std) for matrices, zeros biases and the pad row, sets norms to one.
+
+    `modeling_opt.py:626-635` of the reference.
+    """
+    values = {}
+    for index, param in enumerate(params):
+        zero_row = config.pad_token_id if param.name == EMBEDDING_NAME else None
+        draw = initializer(param.spec.kind, config.init_std, zero_row)
+        key = jax.random.fold_in(rng, index)
+        values[param.path("flax", arch)] = draw(key, flax_shape(param), dtype)
+    return values
+
+
+def flax_shape(param: Param) -> tuple[int, ...]:
+    """The parameter's shape in Flax's layout."""
+    return param.shape[::-1] if param.transposed("flax") else param.shape
+
+
+def assign(config: OPTConfig, arch: str, sources: Mapping[str, Source], dtype: Any) -> Params:
+    """The parameters of a checkpoint in `dtype`, read one at a time; missing ones start anew."""
+    table = param_table(config, arch)
+    missing = tuple(p for p in table if p.name not in sources)
+    values = initialize(jax.random.key(0), config, missing, arch, dtype)
+    for param in table:
+        if param.name in sources:
+            values[param.path("flax", arch)] = to_array(sources[param.name], dtype)
+    return unflatten_dict(values)
+
+
+def to_array(source: Source, dtype: Any) -> Array:
+    """The parameter in `dtype`; JAX takes over the memory of an aligned array instead of copying."""
+    return jax.device_put(source.read("flax").astype(dtype, copy=False))
+
+
+def check_params(params: Mapping[str, Any], config: OPTConfig, arch: str) -> Params:
+    """The tree as plain dicts, after a check of its names and shapes against the table.
+
+    Raises:
+        InputError: names the first difference.
+    """
+    tree = unfreeze(dict(params))
+    found = {path: jnp.shape(value) for path, value in flatten_dict(tree).items()}
+    expected = {p.path("flax", arch): flax_shape(p) for p in param_table(config, arch)}
+    for path in [*expected, *found]:
+        if found.get(path) != expected.get(path):
+            raise InputError(
+                f"params: {'/'.join(path)}: expected {expected.get(path, 'no such parameter')}, "
+                f"found {found.get(path, 'none')}. Are these the parameters of another model?"
+            )
+    return tree
+
+
+def canonical_arrays(
+    params: Mapping[str, Any], config: OPTConfig, arch: str
+) -> Iterator[tuple[Param, np.dtype, Callable[[], np.ndarray]]]:
+    """Each row of the table, its dtype in the tree, and a function that reads its values."""
+    values = flatten_dict(params)
+    for param in param_table(config, arch):
+        array = values[param.path("flax", arch)]
+        yield param, np.dtype(array.dtype), partial(to_canonical, param, array)
+
+
+def to_canonical(param: Param, array: Array) -> np.ndarray:
+    """The parameter's values in canonical layout, from any device."""
+    values = np.asarray(array)
+    return np.ascontiguousarray(values.T if param.transposed("flax") else values)

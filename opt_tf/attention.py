@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head self-attention, and the kernels that it can run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow import Tensor
+
+from opt_core import OPTConfig
+from opt_tf.cache import LayerCache
+from opt_tf.parts import at_least_float32, linear
+from opt_tf.parts import dropout as drop
+
+
+def eager_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    head_mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention in plain operations, the only kernel that shows its weights and masks heads.
+
+    Args:
+        query: [B, T, N, H], already scaled.
+        key, value: [B, S, N, H].
+        bias: [B or 1, 1, T, S] or None.
+        is_causal: not used: the caller gives this kernel a bias instead.
+        head_mask: [N], or any shape that broadcasts to [B, N, T, S].
+        seed: of the dropout; None for none.
+
+    Returns:
+        Context [B, T, N, H] and weights [B, N, T, S] (after the head mask, before dropout).
+    """
+    query, key, value = (tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value))
+    scores = tf.matmul(query, key, transpose_b=True)  # [B, N, T, S]
+    if bias is not None:
+        scores = tf.maximum(scores + bias, scores.dtype.min)
+    # Softmax in float32 whenever the activations have 16 bits.
+    weights = tf.nn.softmax(tf.cast(scores, at_least_float32(scores.dtype)))
+    weights = tf.cast(weights, value.dtype)
+    if head_mask is not None:
+        weights = weights * tf.cast(head_mask, weights.dtype)
+    context = tf.matmul(drop(weights, dropout, seed), value)  # [B, N, T, H]
+    return tf.transpose(context, (0, 2, 1, 3)), weights
+
+
+def sdpa_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    head_mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Keras' attention; arguments and results as `eager_attention`, without dropout and weights."""
+    context = keras.ops.dot_product_attention(
+        query, key, value, bias=bias, scale=1.0, is_causal=is_causal
+    )
+    return context, None
+
+
+AttentionKernel = Callable[..., tuple[Tensor, Tensor | None]]
+KERNELS: Mapping[str, AttentionKernel] = {"eager": eager_attention, "sdpa": sdpa_attention}
+DEFAULT_KERNEL = "eager"
+
+
+class OPTAttention(keras.layers.Layer):
+    """Self-attention of one layer."""
+
+    def __init__(self, config: OPTConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        self.dropout = config.attention_dropout
+        self.scaling = self.head_dim**-0.5
+        size, bias, dtype = config.hidden_size, config.enable_bias, self.dtype_policy
+        self.q_proj = linear(size, "q_proj", dtype, bias=bias)
+        self.k_proj = linear(size, "k_proj", dtype, bias=bias)
+        self.v_proj = linear(size, "v_proj", dtype, bias=bias)
+        self.out_proj = linear(size, "out_proj", dtype, bias=bias)
+
+    def build(self, input_shape: Any = None) -> None:
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            projection.build((None, self.num_heads * self.head_dim))
+
+    def call(
+        self,
+        hidden_states: Tensor,
+        kernel: AttentionKernel,
+        bias: Tensor | None = None,
+        is_causal: bool = False,
+        head_mask: Tensor | None = None,
+        past: LayerCache | None = None,
+        past_length: int | Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, LayerCache]:
+        """[B, T, D] -> output [B, T, D], weights [B, N, T, S] or None, the extended cache."""
+        # The query is scaled after its bias and before the product.
+        query = self._split_heads(self.q_proj(hidden_states) * self.scaling)  # [B, T, N, H]
+        key = self._split_heads(self.k_proj(hidden_states))  # [B, T, N, H]
+        value = self._split_heads(self.v_proj(hidden_states))  # [B, T, N, H]
+
+        cache = LayerCache(key, value)
+        if past is not None:
+            cache = past.extended(key, value, past_length)
+            key, value = cache.key, cache.value  # [B, S, N, H]
+            if isinstance(past_length, int):
+                used = past_length + keras.ops.shape(query)[1]
+                key, value = key[:, :used], value[:, :used]
+
+        context, weights = kernel(query, key, value, bias, is_causal, head_mask, self.dropout, seed)
+        output = self.out_proj(self._join_heads(context))  # [B, T, D]
+        return output, weights, cache
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        batch, length, _ = keras.ops.shape(x)
+        return tf.reshape(x, (batch, length, self.num_heads, self.head_dim))  # -> [B, T, N, H]
+
+    def _join_heads(self, x: Tensor) -> Tensor:
+        batch, length, _, _ = keras.ops.shape(x)
+        return tf.reshape(x, (batch, length, self.num_heads * self.head_dim))  # -> [B, T, D]

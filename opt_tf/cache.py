@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys and values of past tokens: an explicit value, passed in and handed back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+from tensorflow import Tensor
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values, each [B, S, N, H]."""
+
+    key: Tensor
+    value: Tensor
+
+    def extended(self, key: Tensor, value: Tensor, length: int | Tensor | None) -> LayerCache:
+        """The cache with T more columns: appended, or written at column `length` of the buffers."""
+        if length is None:
+            return LayerCache(
+                tf.concat([self.key, key], axis=1), tf.concat([self.value, value], axis=1)
+            )
+        start = (0, length, 0, 0)
+        return LayerCache(
+            keras.ops.slice_update(self.key, start, key),
+            keras.ops.slice_update(self.value, start, value),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class KVCache:
+    """The cache of all layers.
+
+    A *growing* cache (`length` None) has just the columns in use, and is copied at each extension.
+    A *fixed* cache has buffers for a maximal length, of which the first `length` columns are in use;
+    `length` is an int, or an int32 scalar where it changes within a compiled loop. As a sequence, a
+    cache is the reference's `past_key_values`: per layer a pair (key, value), each [B, N, S, H].
+    """
+
+    layers: tuple[LayerCache, ...]
+    length: int | Tensor | None = None
+
+    @classmethod
+    def fixed(
+        cls, num_layers: int, shape: tuple[int, int, int, int], dtype: tf.DType | str
+    ) -> KVCache:
+        """Empty buffers of `shape` [B, S, N, H] for every layer."""
+        layers = tuple(
+            LayerCache(tf.zeros(shape, dtype), tf.zeros(shape, dtype)) for _ in range(num_layers)
+        )
+        return cls(layers, 0)
+
+    @classmethod
+    def from_pairs(cls, pairs: Any) -> KVCache:
+        """A growing cache from the reference's tuples, or the cache itself where it is one."""
+        if isinstance(pairs, KVCache):
+            return pairs
+        return cls(tuple(LayerCache(_swap_axes(k), _swap_axes(v)) for k, v in pairs))
+
+    def advanced(self, layers: tuple[LayerCache, ...], length: int | Tensor) -> KVCache:
+        """This cache with the layers after `length` more tokens."""
+        return KVCache(layers, None if self.length is None else self.length + length)
+
+    @property
+    def capacity(self) -> int | Tensor:
+        return keras.ops.shape(self.layers[0].key)[1] if self.layers else 0
+
+    @property
+    def used(self) -> int | Tensor:
+        """The number of columns in use: an int wherever it is known."""
+        if self.length is None:
+            return self.capacity
+        static = tf.get_static_value(self.length)
+        return self.length if static is None else int(static)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self)[index]
+        layer = self.layers[index]
+        key, value = layer.key[:, : self.used], layer.value[:, : self.used]
+        return _swap_axes(key), _swap_axes(value)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[index] for index in range(len(self)))
+
+    def __tf_flatten__(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """A length that is a tensor varies; an int or None belongs to the structure."""
+        if isinstance(self.length, int | None):
+            return (self.length,), (self.layers,)
+        return (), (self.layers, self.length)
+
+    @classmethod
+    def __tf_unflatten__(cls, metadata: tuple[Any, ...], components: tuple[Any, ...]) -> KVCache:
+        return cls(*components, *metadata)
+
+
+def _swap_axes(x: Tensor) -> Tensor:
+    return tf.transpose(x, (0, 2, 1, 3))  # [B, S, N, H] <-> [B, N, S, H]

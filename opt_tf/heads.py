@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models with a head on top."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow import Tensor
+
+from opt_core import OPTConfig
+from opt_tf.model import TFOPTModel
+from opt_tf.outputs import CausalLMOutput
+from opt_tf.parts import at_least_float32, linear
+from opt_tf.pretrained import TFOPTPreTrainedModel
+
+
+@keras.saving.register_keras_serializable("opt_tf")
+class TFOPTForCausalLM(TFOPTPreTrainedModel):
+    """OPT with a language modelling head, by default tied to the word embeddings."""
+
+    architecture = "OPTForCausalLM"
+
+    def __init__(self, config: OPTConfig, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        self.model = TFOPTModel(
+            config,
+            attn_implementation=self.attn_implementation,
+            name="model",
+            dtype=self.dtype_policy,
+            _do_init=self._do_init,
+        )
+        self.lm_head: keras.layers.Dense | None = None
+        if not config.tie_word_embeddings:
+            self.lm_head = linear(config.vocab_size, "lm_head", self.dtype_policy, bias=False)
+        self.post_init()
+
+    def build(self, input_shape: Any = None) -> None:
+        # The base model has built itself.
+        if self.lm_head is not None:
+            self.lm_head.build((None, self.config.word_embed_proj_dim))
+
+    def get_output_embeddings(self) -> keras.layers.Layer:
+        return self.get_input_embeddings() if self.lm_head is None else self.lm_head
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """[..., E] -> [..., V]"""
+        if self.lm_head is not None:
+            return self.lm_head(hidden_states)
+        # The tied head is the embedding itself.
+        table = tf.cast(self.get_input_embeddings().embeddings, hidden_states.dtype)  # [V, E]
+        return tf.tensordot(hidden_states, table, axes=[[-1], [1]])
+
+    def call(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        training: bool | None = None,
+    ) -> CausalLMOutput | tuple[Any, ...]:
+        """Runs the model; arguments as `TFOPTModel.call`, and
+
+        Args:
+            labels: [B, T] token ids, -100 where none counts; shifted here, not by the caller.
+
+        Returns:
+            `loss` (with labels), `logits` [B, T, V], and the optional fields of `TFOPTModel`.
+
+        Raises:
+            InputError: arguments that do not fit each other or the model.
+        """
+        outputs = self.model.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            head_mask=head_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            training=training,
+            position_ids=position_ids,
+        )
+        logits = self.compute_logits(outputs.last_hidden_state)  # [B, T, V]
+        output = CausalLMOutput(
+            loss=None if labels is None else causal_lm_loss(logits, labels),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Tensor:
+        """The loss that `fit` minimises: the model's own, unless `compile` was given another.
+
+        Its labels stand among the inputs (`{"input_ids": ..., "labels": ...}`) or are the target.
+        Another loss gets the target and the logits as they are: nothing is shifted.
+        """
+        if self.loss is not None:
+            return super().compute_loss(x, y, y_pred.logits, sample_weight, training)
+        loss = y_pred.loss if y is None else causal_lm_loss(y_pred.logits, y)
+        # Each replica sees its share of the batch, and their gradients are added up.
+        return loss / tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of each token given those before it; labels of -100 do not count.
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T].
+    """
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    counts = labels != -100
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+        tf.where(counts, labels, 0), tf.cast(logits, at_least_float32(logits.dtype))
+    )
+    total = tf.reduce_sum(tf.where(counts, losses, 0))
+    return total / tf.reduce_sum(tf.cast(counts, losses.dtype))

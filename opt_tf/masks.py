@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the attention mask: each token's position, and which keys each query may see."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+
+def positions_from_mask(
+    attention_mask: Tensor, past_length: int | Tensor, query_length: int | Tensor
+) -> Tensor:
+    """Each token's index among the real tokens of its row; -1 at pads.
+
+    `modeling_opt.py:97-107` of the reference: cumsum(mask) * mask - 1, then the part beyond the past.
+
+    Args:
+        attention_mask: [B, S], 1 at real tokens and 0 at pads.
+
+    Returns:
+        [B, T], int32.
+    """
+    mask = tf.cast(attention_mask, tf.int32)
+    positions = tf.cumsum(mask, axis=1) * mask - 1
+    return tf.slice(positions, [0, past_length], [-1, query_length])
+
+
+def attention_bias(
+    attention_mask: Tensor | None,
+    query_length: int | Tensor,
+    key_length: int | Tensor,
+    past_length: int | Tensor,
+    dtype: tf.DType,
+) -> Tensor:
+    """0 where a query may see a key, the dtype's lowest finite number where it may not.
+
+    The lowest finite number, not -inf: a row in which every key is masked stays finite.
+
+    Args:
+        attention_mask: [B, S], 1 at real tokens; None where all are real.
+
+    Returns:
+        [B or 1, 1, T, S].
+    """
+    query = past_length + tf.range(query_length)[:, None]  # [T, 1]
+    key = tf.range(key_length)  # [S]
+    visible = (key <= query)[None, None]  # [1, 1, T, S]
+    if attention_mask is not None:
+        real = tf.cast(attention_mask, tf.int32) == 1
+        visible = visible & real[:, None, None, :]  # [B, 1, T, S]
+    return tf.where(visible, tf.zeros((), dtype), tf.constant(dtype.min, dtype))

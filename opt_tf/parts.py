@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The smallest parts, which Keras has but not quite as OPT needs them.
+
+Matrices and tables start as zeros: `opt_tf.weights` gives all parameters their values afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow import Tensor
+
+
+def linear(size: int, name: str, dtype: Any, *, bias: bool) -> keras.layers.Dense:
+    return keras.layers.Dense(
+        size, use_bias=bias, kernel_initializer="zeros", name=name, dtype=dtype
+    )
+
+
+def at_least_float32(dtype: tf.DType) -> tf.DType:
+    return tf.float32 if dtype in (tf.float16, tf.bfloat16) else dtype
+
+
+def in_float32(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), rounded once: on 16 bits TensorFlow rounds after each of its operations."""
+    return tf.cast(function(tf.cast(x, at_least_float32(x.dtype))), x.dtype)
+
+
+def dropout(x: Tensor, rate: float, seed: Tensor | None) -> Tensor:
+    """Drops elements of x where there is a seed.
+
+    The seed, int64 [2], is drawn by the caller: computing a layer a second time for its gradients
+    then drops the same elements.
+    """
+    if seed is None or not rate:
+        return x
+    if rate == 1:
+        return tf.zeros_like(x)
+    return tf.nn.experimental.stateless_dropout(x, rate, seed)
+
+
+def split_seed(seed: Tensor | None, number: int) -> list[Tensor | None]:
+    """Independent seeds for `number` parts; None for each where there is none."""
+    if seed is None:
+        return [None] * number
+    return [tf.random.experimental.stateless_fold_in(seed, part) for part in range(number)]
+
+
+def existing_rows(vectors: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The vectors that were looked up; in a graph, NaN where a table of `count` rows has no such row.
+
+    Compiled code cannot raise, and would read another row instead.
+    """
+    if tf.executing_eagerly():
+        return vectors
+    exists = (rows >= 0) & (rows < count)
+    return tf.where(exists[..., None], vectors, tf.constant(float("nan"), vectors.dtype))

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every model class can do besides running: load, save, generate."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from typing import Any, ClassVar, Self
+
+import keras
+import tensorflow as tf
+from tensorflow import Tensor
+
+from opt_core import GenerationConfig, InputError, OPTConfig
+from opt_core.params import num_parameters, param_table
+from opt_core.pretrained import open_pretrained, save_pretrained
+from opt_tf.attention import DEFAULT_KERNEL, KERNELS
+from opt_tf.cache import KVCache
+from opt_tf.generation.generate import generate
+from opt_tf.inputs import check_inputs, named_inputs
+from opt_tf.weights import assign, canonical_arrays, initialize
+
+
+class TFOPTPreTrainedModel(keras.Model):
+    """The common part of the model classes."""
+
+    architecture: ClassVar[str]
+    base_model_prefix = "model"
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        *,
+        attn_implementation: str | None = None,
+        _do_init: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Makes a model with fresh parameters.
+
+        Args:
+            config: its architecture.
+            attn_implementation: "eager" (the default) or "sdpa".
+            _do_init: False leaves the parameters at zero, for whoever assigns them.
+            kwargs: `name`, `dtype` (a dtype's name or a Keras policy) and `trainable`, as of any
+                Keras model.
+        """
+        if not isinstance(config, OPTConfig):
+            raise InputError(
+                f"{type(self).__name__} expects an OPTConfig, found {type(config).__name__}. To load "
+                f"a checkpoint, call {type(self).__name__}.from_pretrained(name_or_path)."
+            )
+        if attn_implementation not in (None, *KERNELS):
+            raise InputError(
+                f"Unknown attn_implementation {attn_implementation!r}: expected one of {[*KERNELS]}."
+            )
+        super().__init__(**kwargs)
+        self.config = config
+        self.attn_implementation = attn_implementation or DEFAULT_KERNEL
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self._do_init = _do_init
+        self.compiled_plans: dict[Any, Any] = {}  # of `generate`
+
+    def post_init(self) -> None:
+        """Makes all variables, and draws the initial values of what this class adds to its base."""
+        self.build()
+        if self._do_init:
+            is_base = self.architecture == "OPTModel"
+            table = param_table(self.config, self.architecture)
+            added = tuple(p for p in table if is_base or not p.in_base_model)
+            initialize(self, self.config, added, self.architecture)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model on inputs given in any of the ways of `opt_tf.inputs`; see `call`."""
+        names = [*inspect.signature(self.call).parameters]
+        inputs = named_inputs(names, args, kwargs)
+        check_inputs(self.config, inputs)
+        return super().__call__(**inputs)
+
+    def get_input_embeddings(self) -> keras.layers.Embedding:
+        base = self if self.architecture == "OPTModel" else self.model
+        return base.decoder.embed_tokens
+
+    def get_output_embeddings(self) -> keras.layers.Layer | None:
+        return None
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Inputs [1, 2] to try a model with."""
+        ones = tf.ones((1, 2), tf.int32)
+        return {"input_ids": ones, "attention_mask": ones}
+
+    def num_parameters(self) -> int:
+        """The number of scalars, the tied head counted once."""
+        return num_parameters(self.config, self.architecture)
+
+    def init_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty fixed cache, to be passed as `past_key_values`."""
+        config = self.config
+        shape = (batch_size, max_length, config.num_attention_heads, config.head_dim)
+        return KVCache.fixed(config.num_hidden_layers, shape, self.compute_dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        attn_implementation: str | None = None,
+        output_loading_info: bool = False,
+        **options: Any,
+    ) -> Self | tuple[Self, dict[str, list[str]]]:
+        """Loads a checkpoint from a directory or from the hub.
+
+        A global mixed policy of Keras holds here too, if it keeps variables in the dtype loaded.
+
+        Args:
+            name_or_path: a directory, or the name of a model on the hub.
+            attn_implementation: "eager" (the default) or "sdpa".
+            output_loading_info: returns (model, report) instead of raising about missing or
+                unexpected tensors.
+            options: `dtype`, `config`, `ignore_mismatched_sizes`, hub options and configuration
+                overrides: see `opt_core.pretrained.open_pretrained`, which also lists the errors.
+        """
+        with open_pretrained(
+            name_or_path, cls.architecture, output_loading_info=output_loading_info, **options
+        ) as pretrained:
+            config = pretrained.config
+            policy = keras.config.dtype_policy()
+            dtype = policy if policy.variable_dtype == pretrained.dtype else pretrained.dtype
+            model = cls(
+                config, attn_implementation=attn_implementation, dtype=dtype, _do_init=False
+            )
+            assign(model, config, cls.architecture, pretrained.sources)
+        model.generation_config = pretrained.generation_config
+        return (model, pretrained.report.loading_info()) if output_loading_info else model
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Writes config, generation config and canonical safetensors into `directory`.
+
+        Args:
+            directory: made if need be.
+            max_shard_size: bytes, or such as "5GB".
+        """
+        tensors = canonical_arrays(self, self.config, self.architecture)
+        save_pretrained(
+            directory,
+            self.config,
+            self.generation_config,
+            self.architecture,
+            tensors,
+            max_shard_size=max_shard_size,
+        )
+
+    def generate(self, input_ids: Any = None, **options: Any) -> Tensor:
+        """Continues the prompts; see `opt_tf.generation.generate.generate`."""
+        return generate(self, input_ids, **options)
+
+    def get_config(self) -> dict[str, Any]:
+        """What a `.keras` file records of the model's making."""
+        return {
+            **keras.layers.Layer.get_config(self),
+            "config": self.config.to_dict(),
+            "attn_implementation": self.attn_implementation,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+        """The inverse of `get_config`; parameters stay zero until the file's are loaded."""
+        architecture = OPTConfig.from_dict(config["config"])
+        return cls(**{**config, "config": architecture, "_do_init": False})

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between the parameter table and the layers: initial values, assigning, reading back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from opt_core import OPTConfig, UnsupportedError
+from opt_core.dtypes import MODEL_DTYPES
+from opt_core.loading import Source
+from opt_core.params import EMBEDDING_NAME, Kind, Param, param_table
+
+INITIAL_VALUES: Mapping[Kind, Callable[[tuple[int, ...], float], tf.Tensor]] = {
+    Kind.LINEAR: lambda shape, std: keras.random.normal(shape, 0.0, std, "float32"),
+    Kind.BIAS: lambda shape, std: tf.zeros(shape),
+    Kind.EMBEDDING: lambda shape, std: keras.random.normal(shape, 0.0, std, "float32"),
+    Kind.NORM_SCALE: lambda shape, std: tf.ones(shape),
+    Kind.NORM_BIAS: lambda shape, std: tf.zeros(shape),
+}
+
+
+def find_parameter(
+    model: keras.Model, param: Param, architecture: str
+) -> tuple[keras.layers.Layer, str]:
+    """The layer that owns the parameter, and the parameter's name there."""
+    *parents, leaf = param.path("tf", architecture)
+    owner = model
+    for name in parents:
+        owner = owner[int(name)] if name.isdigit() else getattr(owner, name)
+    return owner, leaf
+
+
+def initialize(model: keras.Model, config: OPTConfig, params: tuple[Param, ...], arch: str) -> None:
+    """Draws N(0, init_std) for matrices, zeros biases and the pad row, sets norms to one.
+
+    `modeling_opt.py:626-635` of the reference.
+    """
+    for param in params:
+        layer, leaf = find_parameter(model, param, arch)
+        variable = getattr(layer, leaf)
+        value = INITIAL_VALUES[param.spec.kind](tuple(variable.shape), config.init_std)
+        if param.name == EMBEDDING_NAME and config.pad_token_id is not None:
+            is_pad = tf.range(config.vocab_size)[:, None] == config.pad_token_id
+            value = tf.where(is_pad, 0.0, value)
+        variable.assign(tf.cast(value, variable.dtype))
+
+
+def assign(model: keras.Model, config: OPTConfig, arch: str, sources: Mapping[str, Source]) -> None:
+    """Fills the variables of a model from the checkpoint, one at a time, cast to their dtype."""
+    for param in param_table(config, arch):
+        if param.name in sources:
+            layer, leaf = find_parameter(model, param, arch)
+            variable = getattr(layer, leaf)
+            array = sources[param.name].read("tf")
+            variable.assign(array.astype(MODEL_DTYPES[variable.dtype], copy=False))
+    missing = tuple(p for p in param_table(config, arch) if p.name not in sources)
+    initialize(model, config, missing, arch)
+
+
+def to_numpy(variable: keras.Variable | tf.Tensor, transposed: bool) -> np.ndarray:
+    """The values in canonical layout."""
+    array = tf.convert_to_tensor(variable).numpy()
+    return np.ascontiguousarray(array.T) if transposed else array
+
+
+def canonical_arrays(
+    model: keras.Model, config: OPTConfig, arch: str
+) -> Iterator[tuple[Param, np.dtype, Callable[[], np.ndarray]]]:
+    """Each row of the table, its dtype in the model, and a function that reads its values.
+
+    Raises:
+        UnsupportedError: quantized layers, whose integers are not the parameters.
+    """
+    for param in param_table(config, arch):
+        layer, leaf = find_parameter(model, param, arch)
+        if layer.quantization_mode is not None:
+            raise UnsupportedError(
+                f"{param.name} is quantized ({layer.quantization_mode}), which no OPT checkpoint can "
+                "hold. Save before quantizing, or use model.save for a Keras file."
+            )
+        variable = getattr(layer, leaf)
+        dtype = MODEL_DTYPES[keras.backend.standardize_dtype(variable.dtype)]
+        yield param, dtype, partial(to_numpy, variable, param.transposed("tf"))

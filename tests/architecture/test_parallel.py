@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three backends can be read side by side: same files, definitions, order and arguments.
+
+What differs stands in the tables below, with its reason. An entry that no longer applies fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+import pytest
+
+from tests.architecture.definitions import (
+    BACKENDS,
+    ROOT,
+    definitions,
+    exports,
+    sources,
+    without_prefix,
+)
+
+BUILD = "Keras makes variables in build, not in the constructor"
+GRAPH = "what a graph cannot tell while it is traced"
+SAVED = "Keras saves and rebuilds a model by its configuration"
+LINEN = "a Linen module holds no parameters; the class around it does"
+STATE = "parameters live in the modules of torch alone"
+
+#: (backend, file, names) -> why only one of torch and that backend has them; patterns are allowed.
+NAMES: dict[tuple[str, str, str], str] = {
+    ("tf", "*", "*.build"): BUILD,
+    ("tf", "attention.py", "OPTAttention._join_heads"): "Keras has no flatten of two dimensions",
+    ("tf", "cache.py", "KVCache.__tf_*flatten__"): "a cache passes through a compiled function",
+    ("tf", "cache.py", "_swap_axes"): "torch and numpy have it as a method",
+    ("tf", "generation/generate.py", "_SMALLEST"): "lengths are padded so that few are compiled",
+    ("tf", "generation/generate.py", "compiled"): GRAPH,
+    ("tf", "generation/generate.py", "_randomness"): "a graph takes its randomness as an argument",
+    (
+        "tf",
+        "generation/processors.py",
+        "_MINUS_INF is_any_of",
+    ): "named operations that torch has built in",
+    ("tf", "heads.py", "*.compute_logits *.compute_loss"): "Keras' fit asks the model for its loss",
+    ("tf", "model.py", "OPTDecoder._check"): "checked in inputs.py, before Keras converts them",
+    ("tf", "model.py", "OPTDecoder._next_seed"): "dropout is stateless: right under recomputation",
+    ("tf", "model.py", "OPTDecoder._keeps_layer"): GRAPH,
+    ("tf", "model.py", "OPTDecoder._fit"): GRAPH,
+    ("tf", "pretrained.py", "OPTPreTrainedModel.forward"): "TensorFlow's three ways to pass inputs",
+    ("tf", "pretrained.py", "OPTPreTrainedModel.dummy_inputs"): "what a Keras model is exported on",
+    ("tf", "pretrained.py", "*.get_config *.from_config"): SAVED,
+    (
+        "tf",
+        "pretrained.py",
+        "OPTPreTrainedModel.tie_weights",
+    ): "the head reads the embedding itself",
+    ("tf", "pretrained.py", "*.dtype *.device"): "dtype is Keras' own; it places by itself",
+    ("tf", "outputs.py", "__all__"): "adds nothing to the names of the core",
+    ("tf", "weights.py", "to_tensor from_numpy"): STATE,
+    ("*", "activations.py", "gelu"): "the framework's own default is the approximation",
+    ("*", "attention.py", "_at_least_float32"): "numpy's promotion says it in one call",
+    ("flax", "attention.py", "Dropout"): "a kernel is given its random numbers as a function",
+    ("flax", "cache.py", "KVCache.with_capacity"): "a fixed shape, whatever the cache was",
+    ("flax", "generation/decode.py", "last_logits"): LINEN,
+    ("flax", "generation/generate.py", "_draw"): "a compiled loop draws from a key",
+    ("flax", "heads.py", "OPTForCausalLM.* OPTForCausalLMModule*"): LINEN,
+    ("flax", "heads.py", "IGNORED_LABEL"): "torch's cross entropy has it as a default",
+    ("flax", "heads.py", "_check_labels"): "no array can be looked at while it is traced",
+    ("flax", "layers.py", "OPTLearnedPositionalEmbedding.__init__"): LINEN,
+    ("flax", "model.py", "OPTDecoderLayers*"): "gives the layers the names 0, 1, ... of the files",
+    ("flax", "model.py", "OPTModel.__init__ OPTModule*"): LINEN,
+    (
+        "flax",
+        "pretrained.py",
+        "*.post_init *.tie_weights *.get_*put_embeddings *.dtype *.device *.init_weights *.params "
+        "*._given *._apply _available",
+    ): LINEN,
+    (
+        "flax",
+        "weights.py",
+        "find_parameter to_tensor from_numpy to_numpy Params initializer flax_shape to_array "
+        "check_params to_canonical",
+    ): STATE,
+}
+#: Argument -> why only one of torch and that backend has it, wherever it stands.
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "tf": {
+        "kwargs": "Keras' own arguments: name, dtype, trainable",
+        "name": "a Keras layer must be told its name",
+        "dtype": "a Keras layer must be told its dtype; torch converts a model later",
+        "seed": "dropout is stateless",
+        "attn_implementation": "handed on among Keras' own arguments",
+        "training": "Keras' word for a mode that torch keeps in the module",
+        "device": "TensorFlow places tensors by itself",
+        "query_length": GRAPH,
+        "_do_init": "models made for loading skip their initial values",
+    },
+    "flax": {
+        "config": LINEN,
+        "attn_implementation": LINEN,
+        "dtype": "a Linen module computes in a dtype of its own",
+        "param_dtype": "and stores in another",
+        "deterministic": "Linen's word for a mode that torch keeps in the module",
+        "device": "jax places arrays by itself",
+        "query_length": GRAPH,
+        "total": GRAPH,
+        "model": LINEN,
+        "module": LINEN,
+        "params": LINEN,
+        "rng": "initial values are drawn from a key",
+        "key": "a compiled loop draws from a key",
+        "prng_key": "the reference's name for a key given by the caller",
+        "seed": "part of the key",
+        "input_shape": "an argument of the reference's Flax classes",
+        "_do_init": "an argument of the reference's Flax classes",
+    },
+}
+#: (backend, file, name) -> why the arguments are others altogether.
+SIGNATURES: dict[tuple[str, str, str], str] = {
+    ("*", "heads.py", "OPTForCausalLM.forward"): "the reference's order in that framework",
+    ("flax", "model.py", "OPTModel.forward"): "the reference's order in that framework",
+    ("*", "model.py", "OPTDecoder._bias"): GRAPH,
+    ("tf", "generation/generate.py", "_noise"): "a graph takes its randomness as an argument",
+    ("tf", "weights.py", "to_numpy"): "a Keras kernel is stored transposed",
+}
+
+TORCH = [path.relative_to(ROOT / "opt_torch").as_posix() for path in sources("opt_torch")]
+TWINS = [(backend, file) for backend in ("tf", "flax") for file in TORCH]
+#: A file of torch's own: the vendor's kernels.
+TORCH_ONLY = {"flash.py"}
+#: Files of one backend for what the other frameworks have built in.
+OWN_FILES: dict[str, set[str]] = {
+    "tf": {"_keras.py", "inputs.py", "parts.py"},
+    "flax": {"parts.py"},
+}
+
+
+def pair(backend: str, file: str) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    twin = ROOT / BACKENDS[backend] / file
+    assert twin.exists(), f"{BACKENDS[backend]}/{file} is missing"
+    return definitions(ROOT / "opt_torch" / file), definitions(twin)
+
+
+def rules(table: dict[tuple[str, str, str], str], *found: str) -> list[tuple[str, str, str]]:
+    """The entries that speak of a backend, a file and a name."""
+    return [
+        rule
+        for rule in table
+        if all(matches(value, patterns) for value, patterns in zip(found, rule, strict=True))
+    ]
+
+
+def matches(value: str, patterns: str) -> bool:
+    return any(fnmatchcase(value, pattern) for pattern in patterns.split())
+
+
+def stripped(backend: str, arguments: tuple[str, ...]) -> list[str]:
+    return [name for name in arguments if name not in ARGUMENTS[backend]]
+
+
+@pytest.mark.parametrize("backend", ["tf", "flax"])
+def test_the_same_files(backend: str) -> None:
+    package = ROOT / BACKENDS[backend]
+    found = {path.relative_to(package).as_posix() for path in sources(BACKENDS[backend])}
+    assert found - OWN_FILES[backend] == set(TORCH) - TORCH_ONLY
+
+
+@pytest.mark.parametrize(("backend", "file"), TWINS)
+def test_the_same_definitions_in_the_same_order(backend: str, file: str) -> None:
+    if file in TORCH_ONLY:
+        return
+    torch, twin = pair(backend, file)
+    alone = [name for name in {**torch, **twin} if (name in torch) != (name in twin)]
+    assert [name for name in alone if not rules(NAMES, backend, file, name)] == []
+    common = [name for name in torch if name in twin]
+    assert common == [name for name in twin if name in torch], "order of definitions"
+
+
+@pytest.mark.parametrize(("backend", "file"), TWINS)
+def test_the_same_arguments(backend: str, file: str) -> None:
+    if file in TORCH_ONLY:
+        return
+    torch, twin = pair(backend, file)
+    for name in torch.keys() & twin.keys():
+        if not rules(SIGNATURES, backend, file, name):
+            ours, theirs = stripped(backend, twin[name]), stripped(backend, torch[name])
+            assert ours == theirs, f"{name}: torch {torch[name]}, {backend} {twin[name]}"
+
+
+@pytest.mark.parametrize("backend", ["tf", "flax"])
+def test_the_same_public_names(backend: str) -> None:
+    ours = {without_prefix(name) for name in exports(BACKENDS[backend])}
+    assert ours == set(exports("opt_torch"))
+
+
+def needed() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every allowance that is made use of."""
+    for backend, file in TWINS:
+        if file in TORCH_ONLY:
+            continue
+        torch, twin = pair(backend, file)
+        for name in {**torch, **twin}:
+            if (name in torch) != (name in twin):
+                yield from (("name", rule) for rule in rules(NAMES, backend, file, name)[:1])
+            elif torch[name] != twin[name]:
+                yield from (("call", rule) for rule in rules(SIGNATURES, backend, file, name))
+                for argument in set(torch[name]) ^ set(twin[name]):
+                    yield "argument", (backend, argument)
+
+
+def test_no_allowance_is_idle() -> None:
+    used = set(needed())
+    idle = [rule for rule in NAMES if ("name", rule) not in used]
+    idle += [rule for rule in SIGNATURES if ("call", rule) not in used]
+    for backend, table in ARGUMENTS.items():
+        idle += [(backend, name) for name in table if ("argument", (backend, name)) not in used]
+    assert idle == []

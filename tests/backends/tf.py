@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TensorFlow backend for the shared suite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import opt_tf  # before keras: it chooses the backend
+
+import keras  # isort: skip
+import numpy as np
+import tensorflow as tf
+
+from opt_core import GenerationConfig, OPTConfig
+from opt_core.generation.processors import LogitsProcessor
+from opt_core.params import param_table
+from opt_tf.activations import ACTIVATIONS
+from opt_tf.attention import KERNELS
+from opt_tf.generation.processors import APPLY, process
+from opt_tf.generation.state import DecodeState
+from opt_tf.weights import canonical_arrays
+from tests.backends.base import Array, Backend, canonical_shapes, nested, read_output
+
+
+class TFBackend(Backend):
+    name = "tf"
+    prefix = "TF"
+    package = opt_tf
+    kernels = tuple(KERNELS)
+    applied = frozenset(APPLY)
+
+    def activation(self, name: str, x: Array) -> Array:
+        return ACTIVATIONS[name](tf.constant(x)).numpy()
+
+    def load(self, path: str | Path, *, base: bool = False, **options: Any) -> Any:
+        return self._class(base).from_pretrained(path, **options)
+
+    def create(
+        self, config: OPTConfig, seed: int = 0, *, base: bool = False, **options: Any
+    ) -> Any:
+        keras.utils.set_random_seed(seed)
+        return self._class(base)(config, **options)
+
+    def save(self, model: Any, path: Path, **options: Any) -> None:
+        model.save_pretrained(path, **options)
+
+    def config(self, model: Any) -> OPTConfig:
+        return model.config
+
+    def generation_config(self, model: Any) -> GenerationConfig:
+        return model.generation_config
+
+    def canonical_weights(self, model: Any) -> dict[str, Array]:
+        rows = canonical_arrays(model, model.config, model.architecture)
+        return {param.name: read().copy() for param, _, read in rows}
+
+    def shapes(self, config: OPTConfig, *, base: bool = False) -> dict[str, tuple[int, ...]]:
+        with keras.StatelessScope(initialize_variables=False):
+            model = self._class(base)(config, name="root", _do_init=False)
+        keras.utils.clear_session()  # forgets the variables that were promised a value
+        leaves = {
+            tuple(v.path.removeprefix("root/").replace("layers.", "layers/").split("/")): v.shape
+            for v in model.weights
+        }
+        architecture = model.architecture
+        return canonical_shapes(param_table(config, architecture), "tf", architecture, leaves)
+
+    def forward(
+        self, model: Any, *, train: bool = False, seed: int = 0, **inputs: Any
+    ) -> dict[str, Any]:
+        base = model if model.architecture == "OPTModel" else model.model
+        base.decoder.seed_generator.state.assign([seed, 0])
+        output = model(**inputs, training=train)
+        return read_output(output, _numpy)
+
+    def init_cache(self, model: Any, batch_size: int, max_length: int) -> Any:
+        return model.init_cache(batch_size, max_length)
+
+    def generate(self, model: Any, input_ids: Array | None = None, **options: Any) -> Array:
+        return model.generate(input_ids, **options).numpy()
+
+    def process(
+        self,
+        processors: Sequence[LogitsProcessor],
+        scores: Array,
+        tokens: Array,
+        mask: Array,
+        length: int,
+        prompt_length: int,
+    ) -> Array:
+        state = DecodeState(
+            tokens=tf.constant(tokens),
+            mask=tf.constant(mask),
+            length=tf.constant(length),
+            prompt_length=tf.constant(prompt_length),
+            finished=tf.zeros(len(tokens), tf.bool),
+            logits=tf.constant(scores),
+            cache=None,
+        )
+        return process(tuple(processors), state.logits, state).numpy()
+
+    def _class(self, base: bool) -> Any:
+        return opt_tf.TFOPTModel if base else opt_tf.TFOPTForCausalLM
+
+
+def _numpy(value: Any) -> Any:
+    if isinstance(value, opt_tf.KVCache):
+        value = list(value)
+    return nested(value, np.asarray)
+
+
+BACKEND = TFBackend()

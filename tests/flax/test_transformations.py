@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call is a pure function of its arguments: jit, grad, vmap and compiled steps over a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opt_core import InputError
+from opt_flax import FlaxOPTForCausalLM, KVCache
+from opt_flax.attention import KERNELS
+from opt_flax.generation.generate import run
+from tests.cases import GOLDEN
+
+CASES = ("post_norm", "untied_gelu")
+
+
+@pytest.fixture(scope="module", params=CASES)
+def model(request: pytest.FixtureRequest) -> FlaxOPTForCausalLM:
+    return FlaxOPTForCausalLM.from_pretrained(GOLDEN / "cases" / request.param)
+
+
+@pytest.fixture(scope="module")
+def ids(model: FlaxOPTForCausalLM) -> jax.Array:
+    return jax.random.randint(jax.random.key(1), (2, 7), 3, model.config.vocab_size)
+
+
+def close(found: Any, expected: Any) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+def test_jit_gives_the_same(model, ids):
+    mask = jnp.ones_like(ids).at[0, :3].set(0)
+    expected = model(ids, mask).logits[mask == 1]
+    found = jax.jit(lambda p, i, m: model(i, m, params=p).logits)(model.params, ids, mask)
+    close(found[mask == 1], expected)
+    found = jax.jit(model.module.apply)({"params": model.params}, ids, mask).logits
+    close(found[mask == 1], expected)
+
+
+def test_a_compiled_call_returns_its_output_object(model, ids):
+    call = jax.jit(lambda p, i: model(i, params=p, use_cache=True, output_hidden_states=True))
+    output = call(model.params, ids)
+    assert list(output) == ["logits", "past_key_values", "hidden_states"]
+    assert isinstance(output.past_key_values, KVCache) and output.past_key_values.length is None
+
+
+def test_vmap_over_batches(model, ids):
+    found = jax.vmap(lambda i: model(i).logits)(ids[:, None])
+    close(found[:, 0], model(ids).logits)
+
+
+def test_vmap_over_parameters(model, ids):
+    both = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), model.params)
+    found = jax.vmap(lambda p: model(ids, params=p).logits)(both)
+    close(found[0], model(ids).logits)
+    close(found[1], model(ids, params=jax.tree.map(lambda x: 2 * x, model.params)).logits)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradient_is_the_slope(model, ids, kernel):
+    """Against a difference quotient along one direction in the space of all parameters."""
+    other = FlaxOPTForCausalLM(model.config, _do_init=False, attn_implementation=kernel)
+    loss = jax.jit(lambda p: other(ids, params=p, labels=ids).loss)
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(model.params))))
+    direction = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), model.params)
+    gradient = jax.jit(jax.grad(loss))(model.params)
+    products = jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)
+    slope = sum(jax.tree.leaves(products))
+    step = 1e-3
+    ahead = loss(jax.tree.map(lambda p, d: p + step * d, model.params, direction))
+    behind = loss(jax.tree.map(lambda p, d: p - step * d, model.params, direction))
+    assert float(slope) == pytest.approx(float(ahead - behind) / (2 * step), rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_one_compiled_step_serves_all_lengths(model, ids, masked):
+    """A fixed cache keeps its shapes; its length is data."""
+    traces = []
+
+    @jax.jit
+    def step(params: Any, token: jax.Array, mask: Any, cache: KVCache) -> Any:
+        traces.append(token.shape)
+        output = model(token, mask, params=params, past_key_values=cache)
+        return output.logits, output.past_key_values
+
+    mask = jnp.ones((2, 12), int).at[1, :2].set(0) if masked else None
+    cache, found = model.init_cache(2, 12), []
+    for column in range(ids.shape[1]):
+        logits, cache = step(model.params, ids[:, column : column + 1], mask, cache)
+        found.append(logits)
+    assert len(traces) == 1 and int(cache.length) == 7
+    real = slice(2, None) if masked else slice(None)
+    expected = model(ids, None if mask is None else mask[:, :7]).logits
+    close(jnp.concatenate(found, axis=1)[:, real], expected[:, real])
+
+
+def test_init_cache_draws_nothing(model):
+    """The reference ran a whole random initialisation for the cache's shapes."""
+    cache = jax.eval_shape(lambda: model.init_cache(3, 10))
+    config = model.config
+    shape = (3, 10, config.num_attention_heads, config.head_dim)
+    assert [x.shape for x in jax.tree.leaves(cache.layers)] == [shape] * 2 * len(cache)
+    empty = model.init_cache(3, 10)
+    assert int(empty.length) == 0 and empty.length.dtype == jnp.int32
+    assert not any(leaf.any() for leaf in jax.tree.leaves(empty))
+
+
+def test_a_second_generate_compiles_nothing(model, ids):
+    first = model.generate(ids, max_new_tokens=4, eos_token_id=None).sequences
+    compiled = run._cache_size()
+    twin = FlaxOPTForCausalLM(model.config, _do_init=False)
+    second = twin.generate(ids, params=model.params, max_new_tokens=4, eos_token_id=None).sequences
+    assert run._cache_size() == compiled
+    assert first.dtype == jnp.int32 and (first == second).all()
+
+
+def test_generate_inside_another_jit(model, ids):
+    """There is no trimming there: rows that end early are filled up."""
+    outside = model.generate(ids, max_new_tokens=5).sequences
+    token = int(outside[0, 7])  # ends the first row at once, and perhaps the second
+    expected = model.generate(ids[:1], max_new_tokens=5, eos_token_id=token).sequences
+    assert expected.shape == (1, 8)
+    found = jax.jit(
+        lambda p, i: model.generate(i, params=p, max_new_tokens=5, eos_token_id=token).sequences
+    )(model.params, ids[:1])
+    assert found.tolist() == [[*expected[0].tolist(), 1, 1, 1, 1]]
+
+
+def test_generate_draws_from_a_key_or_a_seed(model, ids):
+    options = {"do_sample": True, "max_new_tokens": 6, "eos_token_id": None}
+    seeded = model.generate(ids, seed=3, **options).sequences
+    keyed = model.generate(ids, prng_key=jax.random.key(3), **options).sequences
+    assert (seeded == keyed).all()
+    assert (seeded != model.generate(ids, seed=4, **options).sequences).any()
+    assert (seeded != model.generate(ids, **options).sequences).any()
+    with pytest.raises(InputError, match="seed or prng_key"):
+        model.generate(ids, seed=3, prng_key=jax.random.key(3), **options)
+
+
+def test_shapes_are_checked_while_tracing(model, ids):
+    with pytest.raises(InputError, match="mask has length 6"):
+        jax.jit(model)(ids, jnp.ones((2, 6)))
+    with pytest.raises(InputError, match="max_position_embeddings"):
+        jax.jit(model)(jnp.ones((1, 41), int))

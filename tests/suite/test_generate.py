@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text generation: the reference's tokens, whatever stands beside a row and on either side of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opt_core import ConfigError, InputError, OPTError, UnsupportedError
+from tests.backends.base import Array, Backend
+from tests.cases import CASES, case
+from tests.reference.model import forward, softmax
+
+SETTINGS = ("greedy", "eos", "eos_list", "min_length", "min_new_tokens", "repetition_penalty")
+BATCH, LENGTH, STEPS, COPIES = 3, 7, 5, 2
+PAD = 1
+
+every_case = pytest.mark.parametrize("name", CASES)
+every_setting = pytest.mark.parametrize("setting", SETTINGS)
+
+
+def options(name: str, setting: str) -> dict[str, Any]:
+    settings = case(name).facts["generation"][setting]["settings"]
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+
+
+def prompt(name: str, where: str, setting: str = "greedy") -> dict[str, Array]:
+    """`input_ids`, and for a padded batch `attention_mask`."""
+    arrays, start = case(name).arrays, f"generate/{setting}/{where}"
+    keys = ("input_ids", "attention_mask") if where in ("left", "right") else ("input_ids",)
+    return {key: arrays[f"{start}/{key}"] for key in keys}
+
+
+def alone(name: str, setting: str, row: int) -> list[int]:
+    """The new tokens of a row by itself."""
+    arrays, start = case(name).arrays, f"generate/{setting}/alone/{row}"
+    return arrays[f"{start}/sequences"][0, arrays[f"{start}/input_ids"].shape[1] :].tolist()
+
+
+@every_case
+@every_setting
+def test_each_row_alone(backend: Backend, models: Any, name: str, setting: str) -> None:
+    for row in range(BATCH):
+        ids = prompt(name, f"alone/{row}", setting)["input_ids"]
+        found = backend.generate(models(name), ids, **options(name, setting))
+        assert found[:, : ids.shape[1]].tolist() == ids.tolist()
+        assert found[0, ids.shape[1] :].tolist() == alone(name, setting, row)
+
+
+@every_case
+@every_setting
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch(backend: Backend, models: Any, name: str, setting: str, side: str) -> None:
+    """A row that ends early is filled with pads; the loop ends with the last row.
+
+    `min_length` counts columns, pads included, as the reference does. There a short padded row is
+    not the row alone, and right padding is held against the reference's left-padded batch.
+    """
+    batch = prompt(name, side, setting)
+    mask = batch["attention_mask"]
+    ids = batch["input_ids"]
+    found = backend.generate(models(name), ids, attention_mask=mask, **options(name, setting))
+    assert found[:, :LENGTH].tolist() == ids.tolist()
+    arrays = case(name).arrays
+    expected = arrays[f"generate/{setting}/left/sequences"][:, LENGTH:]
+    assert found[:, LENGTH:].tolist() == expected.tolist()
+    if setting != "min_length":
+        assert expected.tolist() == arrays[f"generate/{setting}/right/new_tokens"].tolist()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_mask_is_told_by_the_pads(backend: Backend, models: Any, side: str) -> None:
+    batch = prompt("post_norm", side)
+    settings = options("post_norm", "greedy")
+    found = backend.generate(models("post_norm"), batch["input_ids"], **settings)
+    assert found.tolist() == backend.generate(models("post_norm"), **batch, **settings).tolist()
+    for row in range(BATCH):
+        assert found[row, LENGTH:].tolist() == alone("post_norm", "greedy", row)
+
+
+def test_pads_that_end_sequences_are_real_tokens(backend: Backend, models: Any) -> None:
+    """Where pad and end are one token, a prompt's ids cannot tell padding from text."""
+    ids = np.array([[2, 5, 9], [7, 8, 9]])
+    settings = {"pad_token_id": 2, "eos_token_id": 2, "max_new_tokens": 4}
+    found = backend.generate(models("pre_norm"), ids, **settings)
+    mask = np.ones_like(ids)
+    given = backend.generate(models("pre_norm"), ids, attention_mask=mask, **settings)
+    assert found.tolist() == given.tolist()
+
+
+def test_pads_on_both_sides_and_in_the_middle(backend: Backend, models: Any) -> None:
+    row = prompt("post_norm", "alone/0")["input_ids"][0]  # three tokens
+    ids, mask = np.full((1, 6), PAD), np.array([[0, 1, 1, 0, 1, 0]])
+    ids[mask == 1] = row
+    settings = options("post_norm", "greedy")
+    found = backend.generate(models("post_norm"), ids, attention_mask=mask, **settings)
+    assert found[0, 6:].tolist() == alone("post_norm", "greedy", 0)
+
+
+def test_max_length_counts_the_prompt(backend: Backend, models: Any) -> None:
+    ids = prompt("pre_norm", "alone/0")["input_ids"]
+    settings = {"eos_token_id": None, "pad_token_id": PAD}
+    found = backend.generate(models("pre_norm"), ids, max_length=9, **settings)
+    assert found[0, 3:].tolist() == alone("pre_norm", "greedy", 0)[:6]
+    both = backend.generate(models("pre_norm"), ids, max_length=9, max_new_tokens=2, **settings)
+    assert both[0, 3:].tolist() == alone("pre_norm", "greedy", 0)[:2]
+
+
+def test_starts_from_bos_without_a_prompt(backend: Backend, models: Any) -> None:
+    settings = {"max_new_tokens": 4, "eos_token_id": None}
+    found = backend.generate(models("galactica"), None, **settings)  # bos_token_id=0
+    assert found.shape == (1, 5) and found[0, 0] == 0
+    given = backend.generate(models("galactica"), np.array([[0]]), **settings)
+    assert found.tolist() == given.tolist()
+
+
+def test_fills_the_position_table_to_the_brim(backend: Backend, models: Any) -> None:
+    """The last token is not fed back, so 40 positions are enough for 41 tokens."""
+    ids = prompt("pre_norm", "alone/1")["input_ids"]
+    found = backend.generate(models("pre_norm"), ids, max_length=41, eos_token_id=None)
+    assert found.shape == (1, 41)
+    assert found[0, 7:23].tolist() == alone("pre_norm", "greedy", 1)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "plain": {"top_k": 0},
+    "temperature": {"top_k": None, "temperature": 1.7},
+    "top_k": {"top_k": 3},
+    "top_p": {"top_k": 0, "top_p": 0.6},
+    "all": {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.4},
+}
+
+
+def simulate(name: str, ids: list[int], noise: Array, settings: dict[str, Any]) -> list[int]:
+    """Sampling of one unpadded row by the float64 specification: argmax(scores + noise)."""
+    golden, tokens = case(name), list(ids)
+    for step in range(len(noise)):
+        scores = forward(golden.config, golden.weights, np.array([tokens]))["logits"][0, -1]
+        seen, penalty = np.unique(tokens), settings.get("repetition_penalty", 1.0)
+        scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        scores = scores / settings.get("temperature", 1.0)
+        if settings.get("top_k"):
+            scores[scores < np.sort(scores)[-settings["top_k"]]] = -np.inf
+        order = np.argsort(scores)
+        before = 1.0 - np.cumsum(softmax(scores)[order])  # the probability of all likelier ones
+        drop = order[before >= settings.get("top_p", 1.0)]
+        scores[drop] = -np.inf
+        tokens.append(int(np.argmax(scores + noise[step])))
+    return tokens[len(ids) :]
+
+
+def gumbel(shape: tuple[int, ...], seed: int = 0) -> Array:
+    return np.random.default_rng(seed).gumbel(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("setting", SAMPLINGS)
+@pytest.mark.parametrize("name", ["post_norm", "untied_gelu"])
+def test_given_noise_gives_these_tokens(
+    backend: Backend, models: Any, name: str, setting: str
+) -> None:
+    """Two samples of each of three left-padded rows equal a numpy simulation of each row alone."""
+    settings = SAMPLINGS[setting]
+    noise = gumbel((STEPS, BATCH * COPIES, case(name).config.vocab_size))
+    found = backend.generate(
+        models(name),
+        **prompt(name, "left"),
+        do_sample=True,
+        num_return_sequences=COPIES,
+        max_new_tokens=STEPS,
+        eos_token_id=None,
+        noise=noise,
+        **settings,
+    )
+    assert found.shape == (BATCH * COPIES, LENGTH + STEPS)
+    for row in range(BATCH):
+        ids = prompt(name, f"alone/{row}")["input_ids"][0].tolist()
+        for copy in range(row * COPIES, row * COPIES + COPIES):
+            expected = simulate(name, ids, noise[:, copy], settings)
+            assert found[copy, LENGTH:].tolist() == expected, f"row {row}, sample {copy}"
+
+
+def test_a_seed_says_which_tokens(backend: Backend, models: Any) -> None:
+    batch = prompt("post_norm", "left")
+    settings = {"do_sample": True, "max_new_tokens": 16, "temperature": 2.0, "eos_token_id": None}
+
+    def sample(seed: int) -> list[list[int]]:
+        return backend.generate(models("post_norm"), **batch, seed=seed, **settings).tolist()
+
+    assert sample(3) == sample(3)
+    assert sample(3) != sample(4)
+
+
+def test_samples_of_one_prompt_differ(backend: Backend, models: Any) -> None:
+    ids = prompt("post_norm", "alone/1")["input_ids"]
+    settings = {"do_sample": True, "max_new_tokens": 12, "temperature": 2.0, "eos_token_id": None}
+    found = backend.generate(models("post_norm"), ids, num_return_sequences=4, seed=0, **settings)
+    assert len({tuple(row) for row in found.tolist()}) == 4
+
+
+def test_sampling_follows_the_distribution(backend: Backend, models: Any) -> None:
+    """The next token's frequencies among 4,000 samples, against the softmax of its logits."""
+    ids = np.array([[5, 6]])
+    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 1, "eos_token_id": None}
+    found = backend.generate(models("no_bias"), ids, num_return_sequences=4000, seed=1, **settings)[
+        :, -1
+    ]
+    golden = case("no_bias")
+    expected = softmax(forward(golden.config, golden.weights, ids)["logits"][0, -1])
+    counts = np.bincount(found, minlength=len(expected)) / len(found)
+    # Five standard deviations of a binomial share, of the likeliest and so of every token.
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(0.25 / len(found))
+    assert abs(counts[expected.argmax()] - expected.max()) < 0.05
+
+
+# --- what cannot be done --------------------------------------------------------------------------
+
+IDS = np.array([[5, 6, 7]])
+ERRORS: dict[str, tuple[Any, dict[str, Any], type[OPTError], str]] = {
+    "unknown option": (IDS, {"max_new_token": 3}, InputError, "Did you mean 'max_new_tokens'"),
+    "beams": (IDS, {"num_beams": 4}, UnsupportedError, "num_beams=4 is not supported"),
+    "copies of greedy": (IDS, {"num_return_sequences": 2}, InputError, "needs do_sample=True"),
+    "temperature": (IDS, {"temperature": 0.0}, ConfigError, "temperature: expected a number above"),
+    "top_p": (IDS, {"top_p": 1.5}, ConfigError, "top_p: expected a number from 0 to 1"),
+    "no room": (IDS, {"max_length": 3}, InputError, "nothing is left to generate"),
+    "too long": (IDS, {"max_new_tokens": 39}, InputError, r"need 41 positions, .* has 40"),
+    "eos": (IDS, {"eos_token_id": 103}, InputError, "eos_token_id=103 lies outside"),
+    "large id": (np.array([[5, 103]]), {}, InputError, "token id 103, .* ids 0 to 102"),
+    "negative id": (np.array([[5, -2]]), {}, InputError, "token id -2"),
+    "empty batch": (
+        np.zeros((0, 3), np.int64),
+        {},
+        InputError,
+        r"neither of them 0, found \(0, 3\)",
+    ),
+    "empty rows": (
+        np.zeros((2, 0), np.int64),
+        {},
+        InputError,
+        r"neither of them 0, found \(2, 0\)",
+    ),
+    "one dimension": (np.array([5, 6]), {}, InputError, r"expected \[batch, tokens\].*\(2,\)"),
+    "all pads": (np.array([[5, 6], [PAD, PAD]]), {}, InputError, "Row 1 .* is all padding"),
+    "mask shape": (
+        IDS,
+        {"attention_mask": np.ones((1, 2), np.int64)},
+        InputError,
+        "attention_mask",
+    ),
+    "mask values": (IDS, {"attention_mask": np.array([[0, 2, 1]])}, InputError, "attention_mask"),
+    "noise": (
+        IDS,
+        {"do_sample": True, "max_new_tokens": 2, "noise": np.zeros((2, 1, 5), np.float32)},
+        InputError,
+        r"noise: expected \(2, 1, 103\), found \(2, 1, 5\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_errors_say_what_is_wrong(backend: Backend, models: Any, what: str) -> None:
+    ids, settings, error, message = ERRORS[what]
+    with pytest.raises(error, match=message):
+        backend.generate(models("pre_norm"), ids, **settings)
+
+
+def test_no_prompt_and_no_bos(backend: Backend, models: Any) -> None:
+    with pytest.raises(InputError, match="no bos_token_id"):
+        backend.generate(models("pre_norm"), None, bos_token_id=None)
+
+
+def test_ends_without_a_pad_token_are_filled_with_eos(backend: Backend, models: Any) -> None:
+    """The reference does the same, with a warning."""
+    settings = {**options("pre_norm", "eos"), "pad_token_id": None}
+    batch = prompt("pre_norm", "left")
+    with pytest.warns(UserWarning, match="pad_token_id is not set"):
+        found = backend.generate(models("pre_norm"), **batch, **settings)[:, LENGTH:]
+    expected = case("pre_norm").arrays["generate/eos/left/sequences"][:, LENGTH:]
+    eos = settings["eos_token_id"][0]
+    ended = np.cumsum(expected == eos, axis=1) - (expected == eos) > 0
+    assert found.tolist() == np.where(ended, eos, expected).tolist() and ended.any()
+
+
+def test_generation_leaves_the_prompt_as_it_is(backend: Backend, models: Any) -> None:
+    batch = {key: value.copy() for key, value in prompt("post_norm", "right").items()}
+    before = {key: value.copy() for key, value in batch.items()}
+    backend.generate(models("post_norm"), **batch, max_new_tokens=3)
+    assert all(np.array_equal(batch[key], before[key]) for key in batch)
