@@ -29,7 +29,6 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
             attn_implementation=self.attn_implementation,
             name="model",
             dtype=self.dtype_policy,
-            _do_init=self._do_init,
         )
         self.lm_head: keras.layers.Dense | None = None
         if not config.tie_word_embeddings:

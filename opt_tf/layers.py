@@ -13,7 +13,7 @@ from opt_core.params import LAYER_NORM_EPS, POSITION_OFFSET
 from opt_tf.activations import ACTIVATIONS
 from opt_tf.attention import AttentionKernel, OPTAttention
 from opt_tf.cache import LayerCache
-from opt_tf.parts import dropout, existing_rows, linear, split_seed
+from opt_tf.parts import FirstValue, dropout, existing_rows, linear, split_seed
 
 
 class OPTLearnedPositionalEmbedding(keras.layers.Embedding):
@@ -21,7 +21,7 @@ class OPTLearnedPositionalEmbedding(keras.layers.Embedding):
 
     def __init__(self, config: OPTConfig, **kwargs: Any) -> None:
         rows = config.max_position_embeddings + POSITION_OFFSET
-        super().__init__(rows, config.hidden_size, embeddings_initializer="zeros", **kwargs)
+        super().__init__(rows, config.hidden_size, embeddings_initializer=FirstValue(), **kwargs)
 
     def call(self, positions: Tensor) -> Tensor:
         """[B, T] positions from -1 on -> [B, T, D]."""
@@ -34,6 +34,8 @@ def layer_norm(config: OPTConfig, name: str, dtype: Any) -> keras.layers.LayerNo
         epsilon=LAYER_NORM_EPS,
         center=config.layer_norm_elementwise_affine,
         scale=config.layer_norm_elementwise_affine,
+        beta_initializer=FirstValue(),
+        gamma_initializer=FirstValue(),
         name=name,
         dtype=dtype,
     )

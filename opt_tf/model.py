@@ -17,7 +17,7 @@ from opt_tf.cache import KVCache, LayerCache
 from opt_tf.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
 from opt_tf.masks import attention_bias, positions_from_mask
 from opt_tf.outputs import BaseModelOutput
-from opt_tf.parts import existing_rows, linear
+from opt_tf.parts import FirstValue, existing_rows, linear
 from opt_tf.pretrained import TFOPTPreTrainedModel
 
 
@@ -34,7 +34,7 @@ class OPTDecoder(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator()
         embed, dtype = config.word_embed_proj_dim, self.dtype_policy
         self.embed_tokens = keras.layers.Embedding(
-            config.vocab_size, embed, "zeros", name="embed_tokens", dtype=dtype
+            config.vocab_size, embed, FirstValue(), name="embed_tokens", dtype=dtype
         )
         self.embed_positions = OPTLearnedPositionalEmbedding(
             config, name="embed_positions", dtype=dtype

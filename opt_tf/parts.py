@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest parts, which Keras has but not quite as OPT needs them.
-
-Matrices and tables start as zeros: `opt_tf.weights` gives all parameters their values afterwards.
-"""
+"""The smallest parts, which Keras has but not quite as OPT needs them."""
 
 from __future__ import annotations
 
@@ -14,9 +11,24 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 
+class FirstValue(keras.initializers.Initializer):
+    """A variable's first value, decided by `opt_tf.weights` between its declaration and its making."""
+
+    def __init__(self) -> None:
+        self.give: Callable[[tuple[int, ...], str], Any] | None = None
+
+    def __call__(self, shape: tuple[int, ...], dtype: str = "float32") -> Any:
+        return tf.zeros(shape, dtype) if self.give is None else self.give(shape, dtype)
+
+
 def linear(size: int, name: str, dtype: Any, *, bias: bool) -> keras.layers.Dense:
     return keras.layers.Dense(
-        size, use_bias=bias, kernel_initializer="zeros", name=name, dtype=dtype
+        size,
+        use_bias=bias,
+        kernel_initializer=FirstValue(),
+        bias_initializer=FirstValue(),
+        name=name,
+        dtype=dtype,
     )
 
 

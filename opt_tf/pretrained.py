@@ -32,7 +32,6 @@ class TFOPTPreTrainedModel(keras.Model):
         config: OPTConfig,
         *,
         attn_implementation: str | None = None,
-        _do_init: bool = True,
         **kwargs: Any,
     ) -> None:
         """Makes a model with fresh parameters.
@@ -40,7 +39,6 @@ class TFOPTPreTrainedModel(keras.Model):
         Args:
             config: its architecture.
             attn_implementation: "eager" (the default) or "sdpa".
-            _do_init: False leaves the parameters at zero, for whoever assigns them.
             kwargs: `name`, `dtype` (a dtype's name or a Keras policy) and `trainable`, as of any
                 Keras model.
         """
@@ -57,16 +55,15 @@ class TFOPTPreTrainedModel(keras.Model):
         self.config = config
         self.attn_implementation = attn_implementation or DEFAULT_KERNEL
         self.generation_config = GenerationConfig.from_model_config(config)
-        self._do_init = _do_init
         self.compiled_plans: dict[Any, Any] = {}  # of `generate`
 
     def post_init(self) -> None:
-        """Makes all variables, and draws the initial values of what this class adds to its base."""
-        self.build()
-        if self._do_init:
-            is_base = self.architecture == "OPTModel"
-            table = param_table(self.config, self.architecture)
-            added = tuple(p for p in table if is_base or not p.in_base_model)
+        """Makes the variables, and draws initial values of what this class adds to its base model."""
+        is_base = self.architecture == "OPTModel"
+        table = param_table(self.config, self.architecture)
+        added = tuple(p for p in table if is_base or not p.in_base_model)
+        with keras.StatelessScope():  # variables are made when the outermost such scope ends
+            self.build()
             initialize(self, self.config, added, self.architecture)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,10 +123,9 @@ class TFOPTPreTrainedModel(keras.Model):
             config = pretrained.config
             policy = keras.config.dtype_policy()
             dtype = policy if policy.variable_dtype == pretrained.dtype else pretrained.dtype
-            model = cls(
-                config, attn_implementation=attn_implementation, dtype=dtype, _do_init=False
-            )
-            assign(model, config, cls.architecture, pretrained.sources)
+            with keras.StatelessScope():  # variables are made when it ends: of the checkpoint
+                model = cls(config, attn_implementation=attn_implementation, dtype=dtype)
+                assign(model, config, cls.architecture, pretrained.sources)
         model.generation_config = pretrained.generation_config
         return (model, pretrained.report.loading_info()) if output_loading_info else model
 
@@ -166,6 +162,5 @@ class TFOPTPreTrainedModel(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
-        """The inverse of `get_config`; parameters stay zero until the file's are loaded."""
-        architecture = OPTConfig.from_dict(config["config"])
-        return cls(**{**config, "config": architecture, "_do_init": False})
+        """The inverse of `get_config`."""
+        return cls(**{**config, "config": OPTConfig.from_dict(config["config"])})

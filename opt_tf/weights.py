@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import keras
 import numpy as np
@@ -35,31 +36,43 @@ def find_parameter(
     return owner, leaf
 
 
+def decide(
+    model: keras.Model,
+    param: Param,
+    architecture: str,
+    give: Callable[[tuple[int, ...], str], Any],
+) -> None:
+    """Says what gives a variable its first value, by shape and dtype, once it is made."""
+    layer, leaf = find_parameter(model, param, architecture)
+    getattr(layer, f"{leaf}_initializer").give = give
+
+
 def initialize(model: keras.Model, config: OPTConfig, params: tuple[Param, ...], arch: str) -> None:
     """Draws N(0, init_std) for matrices, zeros biases and the pad row, sets norms to one.
 
     `modeling_opt.py:626-635` of the reference.
     """
     for param in params:
-        layer, leaf = find_parameter(model, param, arch)
-        variable = getattr(layer, leaf)
-        value = INITIAL_VALUES[param.spec.kind](tuple(variable.shape), config.init_std)
-        if param.name == EMBEDDING_NAME and config.pad_token_id is not None:
-            is_pad = tf.range(config.vocab_size)[:, None] == config.pad_token_id
-            value = tf.where(is_pad, 0.0, value)
-        variable.assign(tf.cast(value, variable.dtype))
+        decide(model, param, arch, partial(initial_value, param, config))
+
+
+def initial_value(param: Param, config: OPTConfig, shape: tuple[int, ...], dtype: str) -> tf.Tensor:
+    value = INITIAL_VALUES[param.spec.kind](shape, config.init_std)
+    if param.name == EMBEDDING_NAME and config.pad_token_id is not None:
+        is_pad = tf.range(config.vocab_size)[:, None] == config.pad_token_id
+        value = tf.where(is_pad, 0.0, value)
+    return tf.cast(value, dtype)
 
 
 def assign(model: keras.Model, config: OPTConfig, arch: str, sources: Mapping[str, Source]) -> None:
-    """Fills the variables of a model from the checkpoint, one at a time, cast to their dtype."""
+    """Lets the variables of a model be made of the checkpoint's tensors, read one at a time."""
     for param in param_table(config, arch):
         if param.name in sources:
-            layer, leaf = find_parameter(model, param, arch)
-            variable = getattr(layer, leaf)
-            array = sources[param.name].read("tf")
-            variable.assign(array.astype(MODEL_DTYPES[variable.dtype], copy=False))
-    missing = tuple(p for p in param_table(config, arch) if p.name not in sources)
-    initialize(model, config, missing, arch)
+            decide(model, param, arch, partial(to_array, sources[param.name]))
+
+
+def to_array(source: Source, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return source.read("tf").astype(MODEL_DTYPES[dtype], copy=False)
 
 
 def to_numpy(variable: keras.Variable | tf.Tensor, transposed: bool) -> np.ndarray:

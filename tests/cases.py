@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from opt_core import OPTConfig
 
@@ -81,3 +81,16 @@ def case(name: str) -> Case:
         arrays,
         json.loads((folder / "case.json").read_text()),
     )
+
+
+def write(folder: Path, weights: dict[str, Array], config: OPTConfig) -> Path:
+    """Writes a checkpoint of these tensors."""
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(folder)
+    return folder
+
+
+def bits(weights: dict[str, Array]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Arrays for an exact comparison."""
+    return {name: (str(a.dtype), a.shape, a.tobytes()) for name, a in weights.items()}

@@ -7,7 +7,9 @@ Three runtimes in one process fight over threads and memory, so a process tests 
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,3 +49,9 @@ def models(backend: Backend) -> Callable[..., Any]:
         return loaded[key]
 
     return get
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the golden case pre_norm, to be changed."""
+    return Path(shutil.copytree(case("pre_norm").folder, tmp_path / "model"))

@@ -68,6 +68,7 @@ def make_plan(options: GenerationConfig, config: OPTConfig, prompt_length: int) 
             raise InputError(
                 f"eos_token_id={token} lies outside the vocabulary of {config.vocab_size} tokens."
             )
+    _check_consistency(options, prompt_length + max_new_tokens, max_new_tokens)
     if options.num_return_sequences > 1 and not options.do_sample:
         raise InputError(
             f"num_return_sequences={options.num_return_sequences} needs do_sample=True: greedy "
@@ -101,6 +102,27 @@ def _max_new_tokens(options: GenerationConfig, config: OPTConfig, prompt_length:
             "Shorten the prompt or lower max_new_tokens."
         )
     return count
+
+
+def _check_consistency(options: GenerationConfig, length: int, max_new_tokens: int) -> None:
+    if options.min_length > length:
+        raise InputError(
+            f"min_length={options.min_length} cannot be reached: prompt and new tokens together end "
+            f"at {length}. Lower it, or raise max_new_tokens."
+        )
+    if (options.min_new_tokens or 0) > max_new_tokens:
+        raise InputError(
+            f"min_new_tokens={options.min_new_tokens} is more than the {max_new_tokens} tokens that "
+            "max_new_tokens or max_length leave. Lower it, or raise max_new_tokens."
+        )
+    if not options.do_sample:
+        defaults = GenerationConfig()
+        for name in ("temperature", "top_k", "top_p"):
+            value = getattr(options, name)
+            if value is not None and value != getattr(defaults, name):
+                warnings.warn(
+                    f"{name}={value} has no effect without do_sample=True.", stacklevel=5
+                )
 
 
 def _pad_token_id(options: GenerationConfig) -> int:

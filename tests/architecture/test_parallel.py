@@ -32,7 +32,11 @@ NAMES: dict[tuple[str, str, str], str] = {
     ("tf", "attention.py", "OPTAttention._join_heads"): "Keras has no flatten of two dimensions",
     ("tf", "cache.py", "KVCache.__tf_*flatten__"): "a cache passes through a compiled function",
     ("tf", "cache.py", "_swap_axes"): "torch and numpy have it as a method",
-    ("tf", "generation/generate.py", "_SMALLEST"): "lengths are padded so that few are compiled",
+    (
+        "tf",
+        "generation/generate.py",
+        "_SMALLEST BUCKET bucketed",
+    ): "lengths are padded so that few are compiled",
     ("tf", "generation/generate.py", "compiled"): GRAPH,
     ("tf", "generation/generate.py", "_randomness"): "a graph takes its randomness as an argument",
     (
@@ -54,7 +58,6 @@ NAMES: dict[tuple[str, str, str], str] = {
         "OPTPreTrainedModel.tie_weights",
     ): "the head reads the embedding itself",
     ("tf", "pretrained.py", "*.dtype *.device"): "dtype is Keras' own; it places by itself",
-    ("tf", "outputs.py", "__all__"): "adds nothing to the names of the core",
     ("tf", "weights.py", "to_tensor from_numpy"): STATE,
     ("*", "activations.py", "gelu"): "the framework's own default is the approximation",
     ("*", "attention.py", "_at_least_float32"): "numpy's promotion says it in one call",

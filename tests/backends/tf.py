@@ -58,7 +58,7 @@ class TFBackend(Backend):
 
     def shapes(self, config: OPTConfig, *, base: bool = False) -> dict[str, tuple[int, ...]]:
         with keras.StatelessScope(initialize_variables=False):
-            model = self._class(base)(config, name="root", _do_init=False)
+            model = self._class(base)(config, name="root")
         keras.utils.clear_session()  # forgets the variables that were promised a value
         leaves = {
             tuple(v.path.removeprefix("root/").replace("layers.", "layers/").split("/")): v.shape

@@ -78,8 +78,17 @@ def test_options_that_say_nothing_make_no_processor() -> None:
     assert plan(min_length=6, eos_token_id=None).processors == ()
 
 
-def test_sampling_options_do_nothing_to_greedy_decoding() -> None:
-    assert plan(temperature=0.5, top_k=3, top_p=0.5).processors == ()
+def test_sampling_options_do_nothing_to_greedy_decoding_and_say_so() -> None:
+    for options in ({"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}):
+        with pytest.warns(UserWarning, match="has no effect without do_sample=True"):
+            assert plan(**options).processors == ()
+
+
+def test_lengths_that_cannot_be_reached() -> None:
+    with pytest.raises(InputError, match=r"min_length=9 cannot be reached.* end at 8"):
+        plan(min_length=9, max_length=8)
+    with pytest.raises(InputError, match=r"min_new_tokens=4 is more than the 3 tokens"):
+        plan(min_new_tokens=4, max_new_tokens=3)
 
 
 def test_lengths() -> None:
