@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the tables of docs/numerics.md from the figures that `make oracle` has measured.
 
-    python docs/make_numerics.py            # after `make oracle`
+python docs/make_numerics.py            # after `make oracle`
 """
 
 from __future__ import annotations
@@ -40,7 +40,13 @@ def precision_table(figures: Figures) -> str:
 def replace_block(text: str, name: str, content: str) -> str:
     """The page with the text between the two marks of that name replaced."""
     before, rest = text.split(BEGIN.format(name), 1)
-    return before + BEGIN.format(name) + content + END.format(name) + rest.split(END.format(name), 1)[1]
+    return (
+        before
+        + BEGIN.format(name)
+        + content
+        + END.format(name)
+        + rest.split(END.format(name), 1)[1]
+    )
 
 
 def main() -> None:

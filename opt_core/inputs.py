@@ -140,7 +140,14 @@ def _check_mask(
 ) -> None:
     _check_equal("attention_mask (batch)", shape[:1], (batch,))
     found = shape[1]
-    if found is None or found == capacity or length is None or past_length is None:
+    if found is None or found == capacity or length is None:
+        return
+    if past_length is None:
+        if capacity is not None and found > capacity:
+            raise InputError(
+                f"The provided attention mask has length {found}, but the cache has room for only "
+                f"{capacity} tokens."
+            )
         return
     if found != past_length + length:
         raise InputError(

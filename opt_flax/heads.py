@@ -16,8 +16,9 @@ from opt_core import InputError, OPTConfig
 from opt_core.inputs import check_ids
 from opt_core.params import has_untied_head
 from opt_flax.attention import DEFAULT_KERNEL
+from opt_flax.generation.generate import generate
 from opt_flax.model import OPTModule
-from opt_flax.outputs import CausalLMOutput
+from opt_flax.outputs import CausalLMOutput, GenerateOutput
 from opt_flax.parts import is_readable, linear
 from opt_flax.pretrained import FlaxOPTPreTrainedModel
 
@@ -35,6 +36,7 @@ class OPTForCausalLMModule(nn.Module):
     def setup(self) -> None:
         config = self.config
         self.model = OPTModule(config, self.attn_implementation, self.dtype, self.param_dtype)
+        # A tied head is the word embedding again: no parameter of its own.
         if has_untied_head(config):
             numbers = (config.init_std, self.dtype, self.param_dtype)
             self.lm_head = linear(config.vocab_size, *numbers, bias=False)
@@ -141,6 +143,10 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
         )
+
+    def generate(self, input_ids: Any = None, **options: Any) -> GenerateOutput:
+        """Continues the prompts; see `opt_flax.generation.generate.generate`."""
+        return generate(self, input_ids, **options)
 
 
 def causal_lm_loss(logits: Array, labels: Array) -> Array:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every model class can do besides running: load, save, generate."""
+"""What every model class can do besides running: load and save."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from opt_core.params import num_parameters, param_table
 from opt_core.pretrained import open_pretrained, save_pretrained
 from opt_flax.attention import DEFAULT_KERNEL, KERNELS
 from opt_flax.cache import KVCache
-from opt_flax.generation.generate import generate
-from opt_flax.outputs import GenerateOutput
 from opt_flax.weights import Params, assign, canonical_arrays, check_params, initialize
 
 
@@ -67,6 +65,11 @@ class FlaxOPTPreTrainedModel:
         self.generation_config = GenerationConfig.from_model_config(config)
         self.dtype = _available(dtype)
         self.param_dtype = _available(param_dtype)
+        if self.attn_implementation == "sdpa" and self.dtype == np.float64:
+            raise InputError(
+                "attn_implementation='sdpa' has a softmax in float32, even in a float64 model: "
+                "use 'eager'."
+            )
         self.module = self.module_class(
             config, self.attn_implementation, self.dtype, self.param_dtype
         )
@@ -183,10 +186,6 @@ class FlaxOPTPreTrainedModel:
             tensors,
             max_shard_size=max_shard_size,
         )
-
-    def generate(self, input_ids: Any = None, **options: Any) -> GenerateOutput:
-        """Continues the prompts; see `opt_flax.generation.generate.generate`."""
-        return generate(self, input_ids, **options)
 
     def _given(self, params: Mapping[str, Any] | None) -> Mapping[str, Any]:
         return self.params if params is None else params

@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import tensorflow as tf
 from tensorflow import Tensor
-
-from opt_tf.parts import in_float32
 
 
 def gelu_accurate(x: Tensor) -> Tensor:
@@ -19,7 +16,7 @@ def gelu_accurate(x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    return in_float32(partial(tf.nn.gelu, approximate=False), x)
+    return tf.nn.gelu(x, approximate=False)
 
 
 def laplace(x: Tensor) -> Tensor:
@@ -34,17 +31,17 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_fast": gelu_accurate,
     "gelu_new": gelu_accurate,
     "gelu_python": gelu,
-    "gelu_pytorch_tanh": lambda x: in_float32(partial(tf.nn.gelu, approximate=True), x),
+    "gelu_pytorch_tanh": lambda x: tf.nn.gelu(x, approximate=True),
     "laplace": laplace,
     "leaky_relu": lambda x: tf.nn.leaky_relu(x, 0.01),
     "linear": lambda x: x,
-    "mish": lambda x: in_float32(lambda y: y * tf.tanh(tf.math.softplus(y)), x),
+    "mish": lambda x: x * tf.tanh(tf.math.softplus(x)),
     "quick_gelu": lambda x: x * tf.sigmoid(1.702 * x),
     "relu": tf.nn.relu,
     "relu2": lambda x: tf.square(tf.nn.relu(x)),
     "relu6": tf.nn.relu6,
     "sigmoid": tf.sigmoid,
-    "silu": lambda x: in_float32(tf.nn.silu, x),
-    "swish": lambda x: in_float32(tf.nn.silu, x),
+    "silu": tf.nn.silu,
+    "swish": tf.nn.silu,
     "tanh": tf.tanh,
 }

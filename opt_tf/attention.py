@@ -12,7 +12,7 @@ from tensorflow import Tensor
 
 from opt_core import OPTConfig
 from opt_tf.cache import LayerCache
-from opt_tf.parts import at_least_float32, linear
+from opt_tf.parts import at_least_float32, in_float32, linear
 from opt_tf.parts import dropout as drop
 
 
@@ -106,7 +106,8 @@ class OPTAttention(keras.layers.Layer):
     ) -> tuple[Tensor, Tensor | None, LayerCache]:
         """[B, T, D] -> output [B, T, D], weights [B, N, T, S] or None, the extended cache."""
         # The query is scaled after its bias and before the product.
-        query = self._split_heads(self.q_proj(hidden_states) * self.scaling)  # [B, T, N, H]
+        query = in_float32(lambda x: x * self.scaling)(self.q_proj(hidden_states))
+        query = self._split_heads(query)  # [B, T, N, H]
         key = self._split_heads(self.k_proj(hidden_states))  # [B, T, N, H]
         value = self._split_heads(self.v_proj(hidden_states))  # [B, T, N, H]
 

@@ -49,7 +49,9 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
             return self.lm_head(hidden_states)
         # The tied head is the embedding itself.
         table = tf.cast(self.get_input_embeddings().embeddings, hidden_states.dtype)  # [V, E]
-        return tf.tensordot(hidden_states, table, axes=[[-1], [1]])
+        *leading, embed = keras.ops.shape(hidden_states)
+        logits = tf.matmul(tf.reshape(hidden_states, (-1, embed)), table, transpose_b=True)
+        return tf.reshape(logits, (*leading, self.config.vocab_size))
 
     def call(
         self,

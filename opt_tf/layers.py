@@ -13,7 +13,7 @@ from opt_core.params import LAYER_NORM_EPS, POSITION_OFFSET
 from opt_tf.activations import ACTIVATIONS
 from opt_tf.attention import AttentionKernel, OPTAttention
 from opt_tf.cache import LayerCache
-from opt_tf.parts import FirstValue, dropout, existing_rows, linear, split_seed
+from opt_tf.parts import FirstValue, dropout, existing_rows, in_float32, linear, split_seed
 
 
 class OPTLearnedPositionalEmbedding(keras.layers.Embedding):
@@ -49,7 +49,7 @@ class OPTDecoderLayer(keras.layers.Layer):
         self.hidden_size = config.hidden_size
         self.do_layer_norm_before = config.do_layer_norm_before
         self.dropout = config.dropout
-        self.activation = ACTIVATIONS[config.activation_function]
+        self.activation = in_float32(ACTIVATIONS[config.activation_function])
         dtype = self.dtype_policy
         self.self_attn = OPTAttention(config, name="self_attn", dtype=dtype)
         self.self_attn_layer_norm = layer_norm(config, "self_attn_layer_norm", dtype)

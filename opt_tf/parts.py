@@ -36,9 +36,13 @@ def at_least_float32(dtype: tf.DType) -> tf.DType:
     return tf.float32 if dtype in (tf.float16, tf.bfloat16) else dtype
 
 
-def in_float32(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), rounded once: on 16 bits TensorFlow rounds after each of its operations."""
-    return tf.cast(function(tf.cast(x, at_least_float32(x.dtype))), x.dtype)
+def in_float32(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function, rounded once: on 16 bits TensorFlow rounds after each of its operations."""
+
+    def rounded_once(x: Tensor) -> Tensor:
+        return tf.cast(function(tf.cast(x, at_least_float32(x.dtype))), x.dtype)
+
+    return rounded_once
 
 
 def dropout(x: Tensor, rate: float, seed: Tensor | None) -> Tensor:

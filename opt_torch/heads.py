@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_core import OPTConfig
+from opt_torch.generation.generate import generate
 from opt_torch.model import OPTModel
 from opt_torch.outputs import CausalLMOutput
 from opt_torch.pretrained import OPTPreTrainedModel
@@ -22,6 +23,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
     def __init__(self, config: OPTConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
         self.model = OPTModel(config, attn_implementation=self.attn_implementation)
+        # A tied head is the word embedding again: no parameter of its own.
         self.lm_head = nn.Linear(config.word_embed_proj_dim, config.vocab_size, bias=False)
         self.post_init()
 
@@ -75,6 +77,10 @@ class OPTForCausalLM(OPTPreTrainedModel):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
+        """Continues the prompts; see `opt_torch.generation.generate.generate`."""
+        return generate(self, input_ids, **options)
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:

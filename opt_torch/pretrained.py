@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every model class can do besides running: load, save, generate."""
+"""What every model class can do besides running: load and save."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import os
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from opt_core import GenerationConfig, InputError, OPTConfig
 from opt_core.params import num_parameters, param_table
 from opt_core.pretrained import open_pretrained, save_pretrained
 from opt_torch.attention import DEFAULT_KERNEL, KERNELS
 from opt_torch.cache import KVCache
-from opt_torch.generation.generate import generate
 from opt_torch.weights import assign, canonical_arrays, initialize
 
 
@@ -128,7 +127,3 @@ class OPTPreTrainedModel(nn.Module):
             tensors,
             max_shard_size=max_shard_size,
         )
-
-    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
-        """Continues the prompts; see `opt_torch.generation.generate.generate`."""
-        return generate(self, input_ids, **options)

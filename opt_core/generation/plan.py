@@ -120,9 +120,7 @@ def _check_consistency(options: GenerationConfig, length: int, max_new_tokens: i
         for name in ("temperature", "top_k", "top_p"):
             value = getattr(options, name)
             if value is not None and value != getattr(defaults, name):
-                warnings.warn(
-                    f"{name}={value} has no effect without do_sample=True.", stacklevel=5
-                )
+                warnings.warn(f"{name}={value} has no effect without do_sample=True.", stacklevel=5)
 
 
 def _pad_token_id(options: GenerationConfig) -> int:

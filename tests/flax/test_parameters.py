@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +24,7 @@ from tests.cases import CASES, GOLDEN, case
 TINY = OPTConfig(
     vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24
 )
+ROOT = Path(__file__).parents[2]
 POST_NORM = GOLDEN / "cases" / "post_norm"
 
 
@@ -137,6 +143,27 @@ def test_the_compute_dtype_holds_in_every_layer(dtype, param_dtype):
 def test_float64_only_where_jax_has_it():
     with pytest.raises(InputError, match="jax_enable_x64"):
         FlaxOPTModel(TINY, dtype="float64")
+
+
+def test_float64_needs_the_exact_kernel():
+    """A process of its own: the switch to 64 bits is global."""
+    script = """
+import jax
+from opt_core import InputError, OPTConfig
+from opt_flax import FlaxOPTForCausalLM
+config = OPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+model = FlaxOPTForCausalLM(config, dtype="float64", param_dtype="float64")
+assert model([[5, 6]]).logits.dtype == "float64"
+assert model.generate([[5, 6], [1, 7]], max_new_tokens=3).sequences.dtype == "int32"
+try:
+    FlaxOPTForCausalLM(config, dtype="float64", attn_implementation="sdpa")
+except InputError as error:
+    assert "use 'eager'" in str(error)
+else:
+    raise SystemExit("no error")
+"""
+    command = [sys.executable, "-W", "error", "-c", script]
+    subprocess.run(command, check=True, env={**os.environ, "JAX_ENABLE_X64": "1"}, cwd=ROOT)
 
 
 def test_loaded_parameters_may_be_donated():

@@ -147,3 +147,6 @@ def test_shapes_are_checked_while_tracing(model, ids):
         jax.jit(model)(ids, jnp.ones((2, 6)))
     with pytest.raises(InputError, match="max_position_embeddings"):
         jax.jit(model)(jnp.ones((1, 41), int))
+    step = jax.jit(lambda cache, mask: model([[5]], mask, past_key_values=cache).logits)
+    with pytest.raises(InputError, match="room for only 8"):
+        step(model.init_cache(1, 8), jnp.ones((1, 9)))

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,7 +47,9 @@ def run_peer(
     name: str, framework: str, jobs: Sequence[Job], out: Path
 ) -> list[dict[str, np.ndarray]]:
     """Results of the peer `name` (hf437, hf457, hf5) in one of its frameworks (pt, tf, flax)."""
-    return _run([str(peer_python(name)), str(HERE / "peer.py"), framework], jobs, out)
+    # TF 2.19 needs the Keras 2 package for transformers 4.57.1; TF 2.15 has it inside.
+    legacy = {"TF_USE_LEGACY_KERAS": "1"} if name == "hf457" else {}
+    return _run([str(peer_python(name)), str(HERE / "peer.py"), framework], jobs, out, legacy)
 
 
 def run_ours(framework: str, jobs: Sequence[Job], out: Path) -> list[dict[str, np.ndarray]]:
@@ -55,10 +57,15 @@ def run_ours(framework: str, jobs: Sequence[Job], out: Path) -> list[dict[str, n
     return _run([sys.executable, "-m", "tests.oracle.ours", framework], jobs, out)
 
 
-def _run(command: list[str], jobs: Sequence[Job], out: Path) -> list[dict[str, np.ndarray]]:
+def _run(
+    command: list[str],
+    jobs: Sequence[Job],
+    out: Path,
+    variables: Mapping[str, str] | None = None,
+) -> list[dict[str, np.ndarray]]:
     out.mkdir(parents=True, exist_ok=True)
     (out / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-    environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **(variables or {}), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         [*command, str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False

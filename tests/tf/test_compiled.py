@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only compiled TensorFlow can get wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from opt_core import OPTConfig
+from opt_core.generation.plan import DecodePlan, GenerationMode
+from opt_tf import KVCache, TFOPTForCausalLM
+from opt_tf.generation.decode import decode
+from opt_tf.generation.generate import BUCKET
+from opt_tf.generation.state import DecodeState
+from tests.tolerances import assert_close
+
+jits = pytest.mark.parametrize("jit_compile", [False, True])
+
+
+@jits
+def test_ids_outside_the_vocabulary_give_nan(model, golden, jit_compile):
+    """Compiled code cannot raise; it must not answer for another token either."""
+    ids = golden.inputs("unpadded")["input_ids"].copy()
+    ids[0, 3] = -1
+    if jit_compile:  # a graph on CPU refuses these by itself
+        ids[1, 5] = 999
+    compiled = tf.function(lambda ids: model(ids).logits, jit_compile=jit_compile)
+    bad = np.isnan(compiled(tf.constant(ids)).numpy()).any(axis=(1, 2))
+    assert bad.tolist() == [True, jit_compile, False]
+
+
+def test_positions_past_the_table_give_nan(model, golden):
+    ids = tf.constant(golden.inputs("unpadded")["input_ids"])
+    compiled = tf.function(lambda ids, p: model(ids, position_ids=p).logits, jit_compile=True)
+    positions = tf.range(7)[None] + tf.constant([0, 10**6, 0])[:, None]
+    bad = np.isnan(compiled(ids, positions).numpy()).any(axis=(1, 2))
+    assert bad.tolist() == [False, True, False]
+
+
+@jits
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_fixed_cache_through_a_function_traced_once(model, golden, jit_compile, masked):
+    """The length is data: ten steps, one compilation, and the logits of a single call."""
+    ids = tf.constant(golden.inputs("unpadded")["input_ids"], tf.int32)
+    mask = tf.ones((3, 9), tf.int32) if masked else None
+    step = tf.function(
+        lambda ids, cache: model(ids, attention_mask=mask, past_key_values=cache),
+        jit_compile=jit_compile,
+    )
+    cache = model.init_cache(3, 9)
+    cache = KVCache(cache.layers, tf.constant(0))
+    found = []
+    for column in range(7):
+        output = step(ids[:, column : column + 1], cache)
+        cache = output.past_key_values
+        found.append(output.logits)
+    assert step.experimental_get_tracing_count() == 1
+    assert int(cache.length) == 7
+    assert cache[0][0].shape == (3, 4, 7, 6)
+    assert_close(tf.concat(found, 1).numpy(), golden.outputs("unpadded")["logits"], "logits")
+
+
+def test_a_cache_through_a_while_loop(model, golden):
+    ids = tf.constant(golden.inputs("unpadded")["input_ids"], tf.int32)
+
+    @tf.function(jit_compile=True)
+    def run():
+        def body(cache, logits):
+            output = model(tf.slice(ids, (0, cache.length), (3, 1)), past_key_values=cache)
+            return output.past_key_values, output.logits
+
+        start = KVCache(model.init_cache(3, 7).layers, tf.constant(0))
+        first = tf.zeros((3, 1, model.config.vocab_size))
+        return tf.while_loop(lambda cache, _: cache.length < 7, body, (start, first))
+
+    expected = golden.outputs("unpadded")["logits"][:, -1:]
+    assert_close(run()[1].numpy(), expected, "logits")
+
+
+@jits
+def test_unknown_shapes(model, inputs, logits, real, jit_compile):
+    spec = tf.TensorSpec((None, None), tf.int32)
+    compiled = tf.function(
+        lambda ids, mask: model(ids, attention_mask=mask).logits,
+        input_signature=[spec, spec],
+        jit_compile=jit_compile,
+    )
+    found = compiled(inputs["input_ids"], inputs["attention_mask"]).numpy()
+    assert_close(found[real], logits[real], "logits")
+    assert compiled(inputs["input_ids"][:, :1], inputs["attention_mask"][:, 2:3]).shape[1] == 1
+
+
+@jits
+def test_dropout_and_layerdrop_differ_from_call_to_call(jit_compile):
+    config = OPTConfig(
+        vocab_size=31,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        ffn_dim=32,
+        layerdrop=0.5,
+        dropout=0.3,
+        attention_dropout=0.2,
+    )
+    model = TFOPTForCausalLM(config)
+    compiled = tf.function(lambda ids: model(ids, training=True).logits, jit_compile=jit_compile)
+    ids = tf.constant([[5, 6, 7, 8]])
+    first, second = compiled(ids), compiled(ids)
+    assert np.isfinite(first).all()
+    assert not np.array_equal(first, second)
+
+
+def test_gradients_in_eager_graph_and_xla(model, inputs):
+    def gradients():
+        with tf.GradientTape() as tape:
+            loss = model(inputs).loss
+        return [tf.convert_to_tensor(g) for g in tape.gradient(loss, model.trainable_weights)]
+
+    eager = gradients()
+    for jit_compile in (False, True):
+        compiled = tf.function(gradients, jit_compile=jit_compile)()
+        for found, expected, weight in zip(compiled, eager, model.trainable_weights, strict=True):
+            # Biases of keys have no gradient but rounding errors.
+            scale = max(1e-3, float(tf.reduce_max(tf.abs(expected))))
+            assert np.abs(found - expected).max() <= 1e-4 * scale, weight.path
+
+
+def test_prompt_lengths_share_a_compilation(model):
+    row = list(range(3, 13))
+    for length in (2, 5, 9):
+        model.generate([row[:length]], max_new_tokens=3, eos_token_id=None)
+    assert len(model.compiled_plans) == 1
+    (function,) = model.compiled_plans.values()
+    assert function.experimental_get_tracing_count() == 1
+
+
+def test_prompts_longer_than_the_room_for_their_bucket(golden):
+    """A prompt may fill the position table up to the last new token."""
+    config = golden.config
+    size = config.max_position_embeddings
+    assert size % BUCKET, "the bucket would fit"
+    model = TFOPTForCausalLM.from_pretrained(golden.folder)
+    ids = np.arange(size - 1)[None] % 90 + 3
+    assert model.generate(ids, max_new_tokens=2, eos_token_id=None).shape == (1, size + 1)
+
+
+@jits
+def test_the_loop_runs_without_a_model(jit_compile):
+    """A step that always says the token after the last."""
+    plan = DecodePlan(GenerationMode.GREEDY, (), 1, 6, (9,), 0, 1)
+
+    def step(token, cache):
+        return tf.one_hot(token[:, 0] + 1, 12), cache + 1
+
+    def run():
+        start = tf.constant([[3], [6]])
+        state = DecodeState(
+            tokens=tf.concat([start, tf.zeros((2, 6), tf.int32)], axis=1),
+            mask=tf.ones((2, 7), tf.int32),
+            length=tf.constant(1),
+            prompt_length=tf.constant(1),
+            finished=tf.constant([False, False]),
+            logits=tf.one_hot(start[:, 0] + 1, 12),
+            cache=tf.constant(0),
+        )
+        return decode(plan, state, step, None)
+
+    tokens, count = tf.function(run, jit_compile=True)() if jit_compile else run()
+    assert tokens.numpy().tolist() == [[4, 5, 6, 7, 8, 9], [7, 8, 9, 0, 0, 0]]
+    assert int(count) == 6
