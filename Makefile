@@ -46,7 +46,7 @@ typecheck: $(READY)  ## mypy
 docs: $(READY)  ## write docs/weights.md from the parameter table
 	$(BIN)/python docs/make_weights.py
 
-train-sums: $(READY)  ## train the embedded model anew (two minutes on one core)
+train-sums: $(READY)  ## train the embedded model anew (about ten minutes on one core)
 	$(BIN)/python examples/train_tiny_sums.py
 
 accuracy: $(READY)  ## the embedded model on every held-out problem, in the three frameworks

@@ -10,6 +10,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core import OPTConfig
+from opt_tf.generation.generate import generate
 from opt_tf.model import TFOPTModel
 from opt_tf.outputs import CausalLMOutput
 from opt_tf.parts import at_least_float32, linear
@@ -30,6 +31,8 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
             name="model",
             dtype=self.dtype_policy,
         )
+        self.compiled_plans: dict[Any, Any] = {}  # of `generate`
+        # A tied head is the word embedding again: no parameter of its own.
         self.lm_head: keras.layers.Dense | None = None
         if not config.tie_word_embeddings:
             self.lm_head = linear(config.vocab_size, "lm_head", self.dtype_policy, bias=False)
@@ -102,6 +105,10 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def generate(self, input_ids: Any = None, **options: Any) -> Tensor:
+        """Continues the prompts; see `opt_tf.generation.generate.generate`."""
+        return generate(self, input_ids, **options)
 
     def compute_loss(
         self,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every model class can do besides running: load, save, generate."""
+"""What every model class can do besides running: load and save."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from opt_core.params import num_parameters, param_table
 from opt_core.pretrained import open_pretrained, save_pretrained
 from opt_tf.attention import DEFAULT_KERNEL, KERNELS
 from opt_tf.cache import KVCache
-from opt_tf.generation.generate import generate
 from opt_tf.inputs import check_inputs, named_inputs
 from opt_tf.weights import assign, canonical_arrays, initialize
 
@@ -55,7 +54,6 @@ class TFOPTPreTrainedModel(keras.Model):
         self.config = config
         self.attn_implementation = attn_implementation or DEFAULT_KERNEL
         self.generation_config = GenerationConfig.from_model_config(config)
-        self.compiled_plans: dict[Any, Any] = {}  # of `generate`
 
     def post_init(self) -> None:
         """Makes the variables, and draws initial values of what this class adds to its base model."""
@@ -147,10 +145,6 @@ class TFOPTPreTrainedModel(keras.Model):
             tensors,
             max_shard_size=max_shard_size,
         )
-
-    def generate(self, input_ids: Any = None, **options: Any) -> Tensor:
-        """Continues the prompts; see `opt_tf.generation.generate.generate`."""
-        return generate(self, input_ids, **options)
 
     def get_config(self) -> dict[str, Any]:
         """What a `.keras` file records of the model's making."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import keras
 import numpy as np
@@ -36,43 +35,34 @@ def find_parameter(
     return owner, leaf
 
 
-def decide(
-    model: keras.Model,
-    param: Param,
-    architecture: str,
-    give: Callable[[tuple[int, ...], str], Any],
-) -> None:
-    """Says what gives a variable its first value, by shape and dtype, once it is made."""
-    layer, leaf = find_parameter(model, param, architecture)
-    getattr(layer, f"{leaf}_initializer").give = give
-
-
 def initialize(model: keras.Model, config: OPTConfig, params: tuple[Param, ...], arch: str) -> None:
     """Draws N(0, init_std) for matrices, zeros biases and the pad row, sets norms to one.
 
-    `modeling_opt.py:626-635` of the reference.
+    `modeling_opt.py:626-635` of the reference. The values are drawn when the variables are made.
     """
+
+    def draw(param: Param, shape: tuple[int, ...], dtype: str) -> tf.Tensor:
+        value = INITIAL_VALUES[param.spec.kind](shape, config.init_std)
+        if param.name == EMBEDDING_NAME and config.pad_token_id is not None:
+            is_pad = tf.range(config.vocab_size)[:, None] == config.pad_token_id
+            value = tf.where(is_pad, 0.0, value)
+        return tf.cast(value, dtype)
+
     for param in params:
-        decide(model, param, arch, partial(initial_value, param, config))
-
-
-def initial_value(param: Param, config: OPTConfig, shape: tuple[int, ...], dtype: str) -> tf.Tensor:
-    value = INITIAL_VALUES[param.spec.kind](shape, config.init_std)
-    if param.name == EMBEDDING_NAME and config.pad_token_id is not None:
-        is_pad = tf.range(config.vocab_size)[:, None] == config.pad_token_id
-        value = tf.where(is_pad, 0.0, value)
-    return tf.cast(value, dtype)
+        layer, leaf = find_parameter(model, param, arch)
+        getattr(layer, f"{leaf}_initializer").give = partial(draw, param)
 
 
 def assign(model: keras.Model, config: OPTConfig, arch: str, sources: Mapping[str, Source]) -> None:
     """Lets the variables of a model be made of the checkpoint's tensors, read one at a time."""
+
+    def read(source: Source, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        return source.read("tf").astype(MODEL_DTYPES[dtype], copy=False)
+
     for param in param_table(config, arch):
         if param.name in sources:
-            decide(model, param, arch, partial(to_array, sources[param.name]))
-
-
-def to_array(source: Source, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    return source.read("tf").astype(MODEL_DTYPES[dtype], copy=False)
+            layer, leaf = find_parameter(model, param, arch)
+            getattr(layer, f"{leaf}_initializer").give = partial(read, sources[param.name])
 
 
 def to_numpy(variable: keras.Variable | tf.Tensor, transposed: bool) -> np.ndarray:

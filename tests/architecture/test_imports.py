@@ -13,7 +13,7 @@ from tests.architecture.definitions import BACKENDS, PACKAGES, ROOT, exports, im
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "flax"}
 #: What each package may import beside the standard library and itself.
 ALLOWED: dict[str, set[str]] = {
-    "opt_core": {"huggingface_hub", "ml_dtypes", "numpy", "safetensors", "tokenizers"},
+    "opt_core": {"huggingface_hub", "ml_dtypes", "numpy", "tokenizers"},
     "opt_torch": {"ml_dtypes", "numpy", "opt_core", "torch"},
     "opt_tf": {"keras", "ml_dtypes", "numpy", "opt_core", "optree", "tensorflow"},
     "opt_flax": {"flax", "jax", "ml_dtypes", "numpy", "opt_core"},

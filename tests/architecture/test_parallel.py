@@ -95,7 +95,6 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "training": "Keras' word for a mode that torch keeps in the module",
         "device": "TensorFlow places tensors by itself",
         "query_length": GRAPH,
-        "_do_init": "models made for loading skip their initial values",
     },
     "flax": {
         "config": LINEN,
