@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs in a source tree, installed or not
 
+from benchmarks.random_checkpoint import write_random_checkpoint
+from opt_core import OPTConfig
+from opt_core.params import param_table
 from opt_zoo.backends import CausalLM, Framework
 from opt_zoo.memory import peak_bytes
 
@@ -28,23 +32,10 @@ ALLOWANCE = 100e6
 
 def write_checkpoint(size: str, directory: str) -> dict[str, int]:
     """Writes the checkpoint tensor by tensor; returns the bytes of the model and its largest tensor."""
-    import numpy as np
-
-    from opt_core import OPTConfig
-    from opt_core.checkpoints import CheckpointWriter, TensorInfo
-    from opt_core.params import param_table
-
     config = OPTConfig.preset(size)
-    dtype = np.dtype(np.float32)
-    infos = [TensorInfo(p.name, dtype, p.shape, Path(directory)) for p in param_table(config)]
-    random = np.random.default_rng(0)
-    with CheckpointWriter(directory, infos) as writer:
-        for info in infos:
-            values = random.standard_normal(info.shape, dtype)
-            values *= 0.02
-            writer.write(info.name, values)
-    config.save_pretrained(directory)
-    return {"model": sum(i.nbytes for i in infos), "largest": max(i.nbytes for i in infos)}
+    write_random_checkpoint(Path(directory), config)
+    sizes = [4 * math.prod(param.shape) for param in param_table(config)]
+    return {"model": sum(sizes), "largest": max(sizes)}
 
 
 def load(framework: str, directory: str) -> dict[str, float]:

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.random_checkpoint import write_random_checkpoint
 from opt_core import OPTConfig
 from opt_core.checkpoints import CheckpointReader
 from opt_core.config import ACTIVATIONS
 from opt_core.dtypes import MODEL_DTYPES
 from tests.oracle.jobs import Job, relative_error, run_ours, run_peer
-from tests.oracle.random_checkpoint import write_random_checkpoint
 from tests.oracle.record import record
 from tests.reference.model import forward
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.random_checkpoint import write_random_checkpoint
 from opt_core import OPTConfig
 from tests.oracle.jobs import Job, peer_python, relative_error, run_ours, run_peer
-from tests.oracle.random_checkpoint import write_random_checkpoint
 
 pytestmark = pytest.mark.oracle
 FRAMEWORKS = ("torch", "tf", "flax")

@@ -26,7 +26,10 @@ def random_values(param: Param, seed: int, scale: float = 1.0) -> np.ndarray:
     """Values that depend on the seed and the parameter's name only."""
     generator = np.random.default_rng([seed, zlib.crc32(param.name.encode())])
     mean, std = DISTRIBUTIONS[param.spec.kind]
-    return (mean + scale * std * generator.standard_normal(param.shape)).astype(np.float32)
+    values = generator.standard_normal(param.shape, np.float32)
+    values *= scale * std
+    values += mean
+    return values
 
 
 def write_random_checkpoint(
