@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from opt_core import OPTConfig
 from opt_torch.cache import LayerCache
+from opt_torch.parts import Linear
 
 
 def eager_attention(
@@ -82,10 +83,10 @@ class OPTAttention(nn.Module):
         self.dropout = config.attention_dropout
         self.scaling = self.head_dim**-0.5
         size, bias = config.hidden_size, config.enable_bias
-        self.q_proj = nn.Linear(size, size, bias=bias)
-        self.k_proj = nn.Linear(size, size, bias=bias)
-        self.v_proj = nn.Linear(size, size, bias=bias)
-        self.out_proj = nn.Linear(size, size, bias=bias)
+        self.q_proj = Linear(size, size, bias=bias)
+        self.k_proj = Linear(size, size, bias=bias)
+        self.v_proj = Linear(size, size, bias=bias)
+        self.out_proj = Linear(size, size, bias=bias)
 
     def forward(
         self,

@@ -11,9 +11,10 @@ from opt_core.params import LAYER_NORM_EPS, POSITION_OFFSET
 from opt_torch.activations import ACTIVATIONS
 from opt_torch.attention import AttentionKernel, OPTAttention
 from opt_torch.cache import LayerCache
+from opt_torch.parts import Embedding, Linear
 
 
-class OPTLearnedPositionalEmbedding(nn.Embedding):
+class OPTLearnedPositionalEmbedding(Embedding):
     """The position table. Two rows stand before position 0: pads (-1) read row 1, none reads row 0."""
 
     def __init__(self, config: OPTConfig) -> None:
@@ -42,8 +43,8 @@ class OPTDecoderLayer(nn.Module):
         self.activation = ACTIVATIONS[config.activation_function]
         self.self_attn = OPTAttention(config)
         self.self_attn_layer_norm = layer_norm(config)
-        self.fc1 = nn.Linear(config.hidden_size, config.ffn_dim, bias=config.enable_bias)
-        self.fc2 = nn.Linear(config.ffn_dim, config.hidden_size, bias=config.enable_bias)
+        self.fc1 = Linear(config.hidden_size, config.ffn_dim, bias=config.enable_bias)
+        self.fc2 = Linear(config.ffn_dim, config.hidden_size, bias=config.enable_bias)
         self.final_layer_norm = layer_norm(config)
 
     def forward(

@@ -17,6 +17,7 @@ from opt_torch.cache import KVCache, LayerCache
 from opt_torch.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
 from opt_torch.masks import attention_bias, positions_from_mask
 from opt_torch.outputs import BaseModelOutput
+from opt_torch.parts import Embedding, Linear
 from opt_torch.pretrained import OPTPreTrainedModel
 
 
@@ -29,14 +30,14 @@ class OPTDecoder(nn.Module):
         self.attn_implementation = attn_implementation
         self.layerdrop = config.layerdrop
         embed = config.word_embed_proj_dim
-        self.embed_tokens = nn.Embedding(config.vocab_size, embed, config.pad_token_id)
+        self.embed_tokens = Embedding(config.vocab_size, embed, config.pad_token_id)
         self.embed_positions = OPTLearnedPositionalEmbedding(config)
         # opt-350m has narrower word embeddings, projected to the hidden size and back.
         self.project_in: nn.Linear | None = None
         self.project_out: nn.Linear | None = None
         if projects_embeddings(config):
-            self.project_in = nn.Linear(embed, config.hidden_size, bias=False)
-            self.project_out = nn.Linear(config.hidden_size, embed, bias=False)
+            self.project_in = Linear(embed, config.hidden_size, bias=False)
+            self.project_out = Linear(config.hidden_size, embed, bias=False)
         # No final norm in a post-norm model, nor where `_remove_final_layer_norm` says so.
         self.final_layer_norm = layer_norm(config) if has_final_norm(config) else None
         self.layers = nn.ModuleList(

@@ -39,6 +39,8 @@ def initialize(model: nn.Module, config: OPTConfig, params: tuple[Param, ...], a
     for param in params:
         module, leaf = find_parameter(model, param, arch)
         tensor = module.get_parameter(leaf)
+        if tensor.is_meta:  # a model without values, or not yet
+            continue
         INITIAL_VALUES[param.spec.kind](tensor, config.init_std)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             tensor[module.padding_idx].zero_()

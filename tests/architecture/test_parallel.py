@@ -125,14 +125,20 @@ SIGNATURES: dict[tuple[str, str, str], str] = {
     ("tf", "weights.py", "to_numpy"): "a Keras kernel is stored transposed",
 }
 
-TORCH = [path.relative_to(ROOT / "opt_torch").as_posix() for path in sources("opt_torch")]
+#: What each framework has but not quite as OPT needs it: little that two of them share.
+PARTS = "parts.py"
+TORCH = [
+    file
+    for path in sources("opt_torch")
+    if (file := path.relative_to(ROOT / "opt_torch").as_posix()) != PARTS
+]
 TWINS = [(backend, file) for backend in ("tf", "flax") for file in TORCH]
 #: A file of torch's own: the vendor's kernels.
 TORCH_ONLY = {"flash.py"}
 #: Files of one backend for what the other frameworks have built in.
 OWN_FILES: dict[str, set[str]] = {
-    "tf": {"_keras.py", "inputs.py", "parts.py"},
-    "flax": {"parts.py"},
+    "tf": {"_keras.py", "inputs.py", PARTS},
+    "flax": {PARTS},
 }
 
 
