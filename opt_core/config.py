@@ -7,12 +7,22 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from opt_core.errors import ConfigError
 from opt_core.files import atomic_write
+from opt_core.validation import (
+    Check,
+    flag,
+    non_negative,
+    one_of,
+    probability,
+    token_id,
+    token_ids,
+    whole,
+)
 
 CONFIG_NAME = "config.json"
 
@@ -223,6 +233,10 @@ class OPTConfig:
     def _name_or_path(self) -> str:
         return self.name_or_path
 
+    @_name_or_path.setter
+    def _name_or_path(self, name: str) -> None:
+        self.name_or_path = name
+
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The end-of-sequence ids as a tuple, empty where there is none."""
@@ -394,46 +408,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _whole(minimum: int) -> Callable[[str, object], None]:
-    def check(name: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ConfigError(
-                f"{name}: expected a whole number from {minimum} on, found {value!r}."
-            )
-
-    return check
-
-
-def _flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name}: expected True or False, found {value!r}.")
-
-
-def _probability(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ConfigError(f"{name}: expected a probability from 0 to 1, found {value!r}.")
-
-
-def _non_negative(name: str, value: object) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 <= value < float("inf")
-    ):
-        raise ConfigError(f"{name}: expected a number from 0 on, found {value!r}.")
-
-
-def _token_ids(name: str, value: object) -> None:
-    for token in value if isinstance(value, list) and name == "eos_token_id" else (value,):
-        if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
-            raise ConfigError(f"{name}: expected a token id or None, found {value!r}.")
-
-
-def _activation(name: str, value: object) -> None:
-    if value not in ACTIVATIONS:
-        raise ConfigError(f"{name}: unknown activation {value!r}. Known: {', '.join(ACTIVATIONS)}.")
-
-
 FIELDS = tuple(field.name for field in dataclasses.fields(OPTConfig))
 _OWN_FIELDS = FIELDS[: FIELDS.index("tie_word_embeddings")]  # the reference page's arguments
 _COMMON_DEFAULTS: Mapping[str, Any] = {
@@ -446,29 +420,29 @@ _COMMON_DEFAULTS: Mapping[str, Any] = {
     "problem_type": None,
     "tf_legacy_loss": False,
 }
-_CHECKS: Mapping[str, Callable[[str, object], None]] = {
-    "vocab_size": _whole(1),
-    "hidden_size": _whole(1),
-    "num_hidden_layers": _whole(0),
-    "ffn_dim": _whole(1),
-    "max_position_embeddings": _whole(1),
-    "word_embed_proj_dim": _whole(1),
-    "num_attention_heads": _whole(1),
-    "do_layer_norm_before": _flag,
-    "_remove_final_layer_norm": _flag,
-    "use_cache": _flag,
-    "enable_bias": _flag,
-    "layer_norm_elementwise_affine": _flag,
-    "tie_word_embeddings": _flag,
-    "return_dict": _flag,
-    "output_attentions": _flag,
-    "output_hidden_states": _flag,
-    "dropout": _probability,
-    "attention_dropout": _probability,
-    "layerdrop": _probability,
-    "init_std": _non_negative,
-    "pad_token_id": _token_ids,
-    "bos_token_id": _token_ids,
-    "eos_token_id": _token_ids,
-    "activation_function": _activation,
+_CHECKS: Mapping[str, Check] = {
+    "vocab_size": whole(1),
+    "hidden_size": whole(1),
+    "num_hidden_layers": whole(0),
+    "ffn_dim": whole(1),
+    "max_position_embeddings": whole(1),
+    "word_embed_proj_dim": whole(1),
+    "num_attention_heads": whole(1),
+    "do_layer_norm_before": flag,
+    "_remove_final_layer_norm": flag,
+    "use_cache": flag,
+    "enable_bias": flag,
+    "layer_norm_elementwise_affine": flag,
+    "tie_word_embeddings": flag,
+    "return_dict": flag,
+    "output_attentions": flag,
+    "output_hidden_states": flag,
+    "dropout": probability,
+    "attention_dropout": probability,
+    "layerdrop": probability,
+    "init_std": non_negative,
+    "pad_token_id": token_id,
+    "bos_token_id": token_id,
+    "eos_token_id": token_ids,
+    "activation_function": one_of(ACTIVATIONS, "activation"),
 }

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 
+#: A label that does not count.
+IGNORED_LABEL = -100
+
 Shape = Sequence[int | None]  # None: a dimension that is not known while tracing
 
 
@@ -55,7 +58,8 @@ def check_call(
                 f"{config.word_embed_proj_dim} numbers, found {width}."
             )
     if position_ids is not None:
-        _check_equal("position_ids", position_ids, (batch, length))
+        rows = 1 if len(position_ids) and position_ids[0] == 1 else batch  # one row serves all
+        _check_equal("position_ids", position_ids, (rows, length))
     _check_lengths(config, length, past_length, capacity, position_ids is not None)
     if attention_mask is not None:
         _check_rank("attention_mask", attention_mask, ("batch", "sequence"))
@@ -75,6 +79,11 @@ def check_head_mask(config: OPTConfig, shape: Shape) -> None:
         raise InputError(
             f"Head mask for a single layer should be of size ({heads},), but is {tuple(shape[1:])}"
         )
+
+
+def check_labels(labels: Shape, logits: Shape) -> None:
+    """Raises InputError unless there is one label for each token: [B, T] for logits [B, T, V]."""
+    _check_equal("labels", labels, logits[:2])
 
 
 def check_ids(smallest: int, largest: int, vocab_size: int, name: str = "input_ids") -> None:

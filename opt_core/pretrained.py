@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +25,15 @@ from opt_core.params import Param
 HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
 #: Accepted from code written for transformers, and without effect: loading is always lazy, safe
 #: formats come first, and a file's own names tell which framework wrote it.
-HINTS = ("low_cpu_mem_usage", "use_safetensors", "from_pt", "from_tf", "from_flax")
+HINTS = (
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "trust_remote_code",
+    "resume_download",
+    "from_pt",
+    "from_tf",
+    "from_flax",
+)
 
 
 @dataclass(frozen=True)
@@ -84,14 +93,16 @@ def open_pretrained(
         options.pop(hint, None)
     directory = resolve(name_or_path, **hub)
     config = _config(name_or_path, directory, config, options)
-    reader = CheckpointReader.open(directory)
-    sources, report = match(config, architecture, reader)
-    report.check(
-        ignore_mismatched_sizes=ignore_mismatched_sizes,
-        tolerate=output_loading_info,
-        where=name_or_path,
-    )
-    name = resolve_dtype(dtype if torch_dtype is None else torch_dtype, config, reader)
+    with ExitStack() as stack:  # closes the files if the checkpoint does not fit
+        reader = stack.enter_context(CheckpointReader.open(directory))
+        sources, report = match(config, architecture, reader)
+        report.check(
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            tolerate=output_loading_info,
+            where=name_or_path,
+        )
+        name = resolve_dtype(dtype if torch_dtype is None else torch_dtype, config, reader)
+        stack.pop_all()
     config.torch_dtype = name
     generation_config = GenerationConfig.from_model_config(config)
     if (directory / GENERATION_CONFIG_NAME).is_file():
@@ -143,7 +154,6 @@ def save_pretrained(
     """
     directory = Path(directory)
     rows = list(tensors)
-    directory.mkdir(parents=True, exist_ok=True)
     infos = [
         TensorInfo(param.name, dtype, param.shape, directory / "model.safetensors")
         for param, dtype, _ in rows

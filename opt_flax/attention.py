@@ -41,10 +41,12 @@ def eager_attention(
     Returns:
         Context [B, T, N, H] and weights [B, N, T, S] (after the head mask, before dropout).
     """
+    if bias is not None:
+        query, bias = _without_blind_rows(query, bias)
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, N, T or S, H]
     scores = query @ key.swapaxes(2, 3)  # [B, N, T, S]
     if bias is not None:
-        scores = jnp.maximum(scores + bias, jnp.finfo(scores.dtype).min)
+        scores = scores + bias
     # Softmax in float32 whenever the activations have 16 bits.
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
@@ -64,8 +66,16 @@ def sdpa_attention(
     dropout: Dropout | None,
 ) -> tuple[Array, Array | None]:
     """JAX's fused attention; arguments and results as `eager_attention`, without weights."""
+    if bias is not None:
+        query, bias = _without_blind_rows(query, bias)
     context = jax.nn.dot_product_attention(query, key, value, bias, is_causal=is_causal, scale=1.0)
     return context, None
+
+
+def _without_blind_rows(query: Array, bias: Array) -> tuple[Array, Array]:
+    """Lets a query that may see no key attend to all alike: exactly, in its gradient too."""
+    blind = bias.max(-1, keepdims=True) < 0  # [B or 1, 1, T, 1]
+    return jnp.where(blind.swapaxes(1, 2), 0, query), jnp.where(blind, 0, bias)
 
 
 AttentionKernel = Callable[..., tuple[Array, Array | None]]

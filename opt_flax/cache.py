@@ -14,7 +14,7 @@ from jax.lax import dynamic_update_slice_in_dim
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerCache:
     """One layer's keys and values, each [B, S, N, H]."""
 
@@ -35,7 +35,7 @@ class LayerCache:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KVCache(Sequence[tuple[Array, Array]]):
     """The cache of all layers.
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from opt_core import InputError, OPTConfig
-from opt_core.inputs import check_ids
+from opt_core import OPTConfig
+from opt_core.inputs import IGNORED_LABEL, check_ids, check_labels
 from opt_core.params import has_untied_head
 from opt_flax.attention import DEFAULT_KERNEL
 from opt_flax.generation.generate import generate
@@ -21,8 +21,6 @@ from opt_flax.model import OPTModule
 from opt_flax.outputs import CausalLMOutput, GenerateOutput
 from opt_flax.parts import is_readable, linear
 from opt_flax.pretrained import FlaxOPTPreTrainedModel
-
-IGNORED_LABEL = -100
 
 
 class OPTForCausalLMModule(nn.Module):
@@ -156,20 +154,15 @@ def causal_lm_loss(logits: Array, labels: Array) -> Array:
         logits: [B, T, V].
         labels: [B, T].
     """
-    _check_labels(logits, labels)
+    check_labels(labels.shape, logits.shape)
+    if is_readable(labels):
+        values = np.asarray(labels)
+        values = values[values != IGNORED_LABEL]
+        if len(values):
+            check_ids(int(values.min()), int(values.max()), logits.shape[-1], "labels")
     logits, labels = logits[:, :-1].astype(jnp.float32), labels[:, 1:]
     counts = labels != IGNORED_LABEL
     target = jnp.where(counts, labels, 0)[..., None]  # [B, T - 1, 1]
     chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
     losses = jax.nn.logsumexp(logits, axis=-1) - chosen  # [B, T - 1]
     return jnp.where(counts, losses, 0).sum() / counts.sum()
-
-
-def _check_labels(logits: Array, labels: Array) -> None:
-    if labels.shape != logits.shape[:2]:
-        raise InputError(f"labels: expected the shape {logits.shape[:2]}, found {labels.shape}.")
-    if is_readable(labels):
-        values = np.asarray(labels)
-        values = values[values != IGNORED_LABEL]
-        if values.size:
-            check_ids(int(values.min()), int(values.max()), logits.shape[-1], "labels")

@@ -39,10 +39,12 @@ def eager_attention(
     Returns:
         Context [B, T, N, H] and weights [B, N, T, S] (after the head mask, before dropout).
     """
+    if bias is not None:
+        query, bias = _without_blind_rows(query, bias)
     query, key, value = (tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value))
     scores = tf.matmul(query, key, transpose_b=True)  # [B, N, T, S]
     if bias is not None:
-        scores = tf.maximum(scores + bias, scores.dtype.min)
+        scores = scores + bias
     # Softmax in float32 whenever the activations have 16 bits.
     weights = tf.nn.softmax(tf.cast(scores, at_least_float32(scores.dtype)))
     weights = tf.cast(weights, value.dtype)
@@ -63,10 +65,19 @@ def sdpa_attention(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Keras' attention; arguments and results as `eager_attention`, without dropout and weights."""
+    if bias is not None:
+        query, bias = _without_blind_rows(query, bias)
     context = keras.ops.dot_product_attention(
         query, key, value, bias=bias, scale=1.0, is_causal=is_causal
     )
     return context, None
+
+
+def _without_blind_rows(query: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Lets a query that may see no key attend to all alike: exactly, in its gradient too."""
+    blind = tf.reduce_max(bias, axis=-1, keepdims=True) < 0  # [B or 1, 1, T, 1]
+    query = tf.where(tf.transpose(blind, (0, 2, 1, 3)), tf.zeros((), query.dtype), query)
+    return query, tf.where(blind, tf.zeros((), bias.dtype), bias)
 
 
 AttentionKernel = Callable[..., tuple[Tensor, Tensor | None]]

@@ -9,11 +9,12 @@ import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core import OPTConfig
+from opt_core import InputError, OPTConfig, UnsupportedError
+from opt_core.inputs import IGNORED_LABEL, check_ids, check_labels
 from opt_tf.generation.generate import generate
 from opt_tf.model import TFOPTModel
 from opt_tf.outputs import CausalLMOutput
-from opt_tf.parts import at_least_float32, linear
+from opt_tf.parts import at_least_float32, is_readable, linear
 from opt_tf.pretrained import TFOPTPreTrainedModel
 
 
@@ -125,6 +126,16 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
         """
         if self.loss is not None:
             return super().compute_loss(x, y, y_pred.logits, sample_weight, training)
+        if sample_weight is not None:
+            raise UnsupportedError(
+                "sample_weight does not reach the model's own loss: set the labels of tokens that "
+                f"do not count to {IGNORED_LABEL}, or give compile a loss."
+            )
+        if y is None and y_pred.loss is None:
+            raise InputError(
+                "There are no labels to learn from: give them among the inputs, as "
+                '{"input_ids": ..., "labels": ...}, or as the target.'
+            )
         loss = y_pred.loss if y is None else causal_lm_loss(y_pred.logits, y)
         # Each replica sees its share of the batch, and their gradients are added up.
         return loss / tf.distribute.get_strategy().num_replicas_in_sync
@@ -137,8 +148,14 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [B, T, V].
         labels: [B, T].
     """
+    check_labels(labels.shape, logits.shape)
+    if is_readable(labels):
+        values = labels[labels != IGNORED_LABEL]
+        if len(values):
+            smallest, largest = tf.reduce_min(values), tf.reduce_max(values)
+            check_ids(int(smallest), int(largest), logits.shape[-1], "labels")
     logits, labels = logits[:, :-1], labels[:, 1:]
-    counts = labels != -100
+    counts = labels != IGNORED_LABEL
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
         tf.where(counts, labels, 0), tf.cast(logits, at_least_float32(logits.dtype))
     )

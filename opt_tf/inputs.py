@@ -13,6 +13,7 @@ import tensorflow as tf
 from opt_core import InputError, OPTConfig
 from opt_core.inputs import check_call, check_ids, check_positions
 from opt_tf.cache import KVCache
+from opt_tf.parts import is_readable
 
 #: What the elements of a list are, whatever class is called.
 LIST_ORDER = ("input_ids", "attention_mask", "head_mask", "past_key_values", "inputs_embeds")
@@ -115,10 +116,10 @@ def check_inputs(config: OPTConfig, inputs: Mapping[str, Any]) -> None:
         capacity=_known(past.capacity) if fixed else None,
     )
     # The values can be looked at only where that costs no synchronisation.
-    if _is_at_hand(input_ids):
+    if is_readable(input_ids):
         smallest, largest = tf.reduce_min(input_ids), tf.reduce_max(input_ids)
         check_ids(int(smallest), int(largest), config.vocab_size)
-    if _is_at_hand(position_ids):
+    if is_readable(position_ids):
         smallest, largest = tf.reduce_min(position_ids), tf.reduce_max(position_ids)
         check_positions(int(smallest), int(largest), config.max_position_embeddings)
 
@@ -129,10 +130,3 @@ def _shape(value: Any) -> tuple[int | None, ...] | None:
 
 def _known(value: Any) -> int | None:
     return value if isinstance(value, int) else None
-
-
-def _is_at_hand(value: Any) -> bool:
-    """Whether the values lie in the CPU's memory, now."""
-    if not tf.is_tensor(value) or not tf.executing_eagerly() or 0 in value.shape:
-        return False
-    return "CPU" in value.device

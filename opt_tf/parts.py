@@ -94,3 +94,10 @@ def existing_rows(vectors: Tensor, rows: Tensor, count: int) -> Tensor:
         return vectors
     exists = (rows >= 0) & (rows < count)
     return tf.where(exists[..., None], vectors, tf.constant(float("nan"), vectors.dtype))
+
+
+def is_readable(value: Any) -> bool:
+    """Whether the values lie in the CPU's memory, now."""
+    if not tf.is_tensor(value) or not tf.executing_eagerly() or 0 in value.shape:
+        return False
+    return "CPU" in value.device

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_core import OPTConfig
 from opt_torch.cache import LayerCache
-from opt_torch.parts import Linear
+from opt_torch.parts import Linear, at_least_float32
 
 
 def eager_attention(
@@ -35,14 +34,16 @@ def eager_attention(
     Returns:
         Context [B, T, N, H] and weights [B, N, T, S] (after the head mask, before dropout).
     """
+    if bias is not None:
+        query, bias = _without_blind_rows(query, bias)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, N, T or S, H]
     scores = query @ key.transpose(2, 3)  # [B, N, T, S]
     if bias is not None:
-        scores = torch.clamp(scores + bias, min=torch.finfo(scores.dtype).min)
+        scores = scores + bias
     # Softmax in float32 whenever the activations have 16 bits.
-    weights = F.softmax(scores, dim=-1, dtype=_at_least_float32(scores.dtype)).to(value.dtype)
+    weights = F.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(value.dtype)
     if head_mask is not None:
-        weights = weights * head_mask
+        weights = weights * head_mask.to(weights.dtype)
     context = F.dropout(weights, dropout) @ value if dropout else weights @ value  # [B, N, T, H]
     return context.transpose(1, 2), weights
 
@@ -57,6 +58,8 @@ def sdpa_attention(
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
     """PyTorch's fused attention; arguments and results as `eager_attention`, without weights."""
+    if bias is not None:
+        query, bias = _without_blind_rows(query, bias)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, N, T or S, H]
     context = F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=is_causal, scale=1.0
@@ -64,8 +67,10 @@ def sdpa_attention(
     return context.transpose(1, 2), None
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+def _without_blind_rows(query: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Lets a query that may see no key attend to all alike: exactly, in its gradient too."""
+    blind = bias.amax(-1, keepdim=True) < 0  # [B or 1, 1, T, 1]
+    return query.masked_fill(blind.transpose(1, 2), 0), bias.masked_fill(blind, 0)
 
 
 AttentionKernel = Callable[..., tuple[Tensor, Tensor | None]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerCache:
     """One layer's keys and values, each [B, S, N, H]."""
 
@@ -29,7 +29,7 @@ class LayerCache:
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KVCache(Sequence[tuple[Tensor, Tensor]]):
     """The cache of all layers.
 

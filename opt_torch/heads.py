@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_core import OPTConfig
+from opt_core.inputs import IGNORED_LABEL, check_ids, check_labels
 from opt_torch.generation.generate import generate
 from opt_torch.model import OPTModel
 from opt_torch.outputs import CausalLMOutput
-from opt_torch.parts import Linear
+from opt_torch.parts import Linear, at_least_float32, is_readable
 from opt_torch.pretrained import OPTPreTrainedModel
 
 
@@ -91,6 +92,13 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [B, T, V].
         labels: [B, T].
     """
+    check_labels(labels.shape, logits.shape)
+    if is_readable(labels):
+        values = labels[labels != IGNORED_LABEL]
+        if len(values):
+            check_ids(int(values.min()), int(values.max()), logits.shape[-1], "labels")
+    logits = logits[:, :-1].to(at_least_float32(logits.dtype))
+    labels = labels[:, 1:].to(logits.device)
     return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=-100
+        logits.flatten(0, 1), labels.flatten().long(), ignore_index=IGNORED_LABEL
     )

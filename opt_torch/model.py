@@ -17,7 +17,7 @@ from opt_torch.cache import KVCache, LayerCache
 from opt_torch.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
 from opt_torch.masks import attention_bias, positions_from_mask
 from opt_torch.outputs import BaseModelOutput
-from opt_torch.parts import Embedding, Linear
+from opt_torch.parts import Embedding, Linear, is_readable
 from opt_torch.pretrained import OPTPreTrainedModel
 
 
@@ -191,11 +191,9 @@ class OPTDecoder(nn.Module):
             capacity=None if past is None or past.length is None else past.capacity,
         )
         # The values can be looked at only where that costs no graph break and no synchronisation.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return
-        if input_ids is not None and input_ids.device.type == "cpu" and input_ids.numel():
+        if input_ids is not None and is_readable(input_ids):
             check_ids(int(input_ids.min()), int(input_ids.max()), self.config.vocab_size)
-        if position_ids is not None and position_ids.device.type == "cpu" and position_ids.numel():
+        if position_ids is not None and is_readable(position_ids):
             limit = self.config.max_position_embeddings
             check_positions(int(position_ids.min()), int(position_ids.max()), limit)
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All tests in parts, each in a process of its own; `make test` runs it.
+"""All tests in parts, each in a process of its own, two at a time; `make test` runs it.
 
 Three frameworks in one process fight over threads and memory, so the suite runs once per backend. A
-part that finds no tests, or a backend that cannot be imported, is a failure.
+part that finds no tests, or a backend that cannot be imported, is a failure. What a part prints is
+shown when it has ended.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
 BACKENDS = ("torch", "tf", "flax")
+LONGEST_FIRST = ("flax", "tf", "neutral", "torch", "mypy", "ruff", "format")
 NEUTRAL = ("core", "reference", "architecture", "conversion", "cli", "docs")
 #: Two threads each, as on the smallest machine; TensorFlow's messages would hide the tests' own.
 ENVIRONMENT = {
@@ -69,15 +72,23 @@ def _present(names: tuple[str, ...]) -> list[str]:
 
 def run(name: str, command: list[str]) -> Result:
     """Runs one part and counts; a tool other than pytest counts as one test."""
-    print(f"\n=== {name}: {' '.join(command[1:])}", flush=True)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         if "pytest" in command:
             command = [*command, f"--junitxml={report}"]
-        code = subprocess.run(
-            command, cwd=ROOT, env={**ENVIRONMENT, **os.environ}, check=False
-        ).returncode
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**ENVIRONMENT, **os.environ},
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        code = done.returncode
+        print(f"\n=== {name}: {' '.join(command[1:])}\n{done.stdout}", flush=True)
         passed, failed, skipped = _counts(report) if report.exists() else (int(code == 0), 0, 0)
     if code and not failed:
         failed = 1  # a crash, no tests found, or a tool's complaint
@@ -97,18 +108,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="parts to run (default: all)")
     parser.add_argument("--slow", action="store_true", help="only tests of more than a minute")
+    parser.add_argument("--jobs", type=int, default=2, help="parts at a time (default: 2)")
     options = parser.parse_args()
     commands = parts(options.slow)
     if unknown := set(options.names) - set(commands):
         parser.error(f"no part {sorted(unknown)}: expected some of {', '.join(commands)}")
-    results = [run(name, commands[name]) for name in options.names or commands]
+    names = sorted(options.names or commands, key=LONGEST_FIRST.index)
+    start = time.monotonic()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        results = list(pool.map(lambda name: run(name, commands[name]), names))
 
     print(f"\n{'part':<10}{'passed':>8}{'failed':>8}{'skipped':>8}{'seconds':>9}")
     for r in results:
         print(f"{r.name:<10}{r.passed:>8}{r.failed:>8}{r.skipped:>8}{r.seconds:>9.0f}")
     passed, failed = sum(r.passed for r in results), sum(r.failed for r in results)
-    seconds = sum(r.seconds for r in results)
-    print(f"\n{passed} passed, {failed} failed in {seconds:.0f}s")
+    print(f"\n{passed} passed, {failed} failed in {time.monotonic() - start:.0f}s")
     return 1 if failed else 0
 
 

@@ -12,8 +12,19 @@ from pathlib import Path
 from typing import Any, Self
 
 from opt_core.config import OPTConfig, read_json_object
-from opt_core.errors import ConfigError, InputError
+from opt_core.errors import InputError
 from opt_core.files import atomic_write
+from opt_core.validation import (
+    Check,
+    flag,
+    non_negative,
+    optional,
+    positive,
+    probability,
+    token_id,
+    token_ids,
+    whole,
+)
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 
@@ -48,10 +59,11 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
-        for name, (valid, expected) in _RANGES.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not valid(value):
-                raise ConfigError(f"{name}: expected {expected}, found {value!r}.")
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None and field.name not in _OPTIONAL:
+                object.__setattr__(self, field.name, field.default)  # None says nothing
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -68,7 +80,7 @@ class GenerationConfig:
         own = {key: value for key, value in changes.items() if key in _FIELDS}
         foreign = {key: value for key, value in changes.items() if key not in _FIELDS}
         for name in foreign:
-            if name not in UNSUPPORTED:
+            if name not in UNSUPPORTED and name not in IGNORED:
                 close = difflib.get_close_matches(name, [*_FIELDS, *UNSUPPORTED], n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise InputError(f"generate has no option {name!r}.{hint}")
@@ -89,8 +101,8 @@ class GenerationConfig:
     def from_model_config(cls, config: OPTConfig) -> Self:
         """The defaults of a model that brings no generation_config.json of its own."""
         ids = {"pad_token_id": config.pad_token_id, "bos_token_id": config.bos_token_id}
-        legacy = {key: value for key, value in config.extra.items() if key in _FIELDS}
-        return cls(**{**legacy, **ids, "eos_token_id": config.eos_token_id})
+        legacy = {k: v for k, v in config.extra.items() if k in _FIELDS or k in UNSUPPORTED}
+        return cls.from_dict({**legacy, **ids, "eos_token_id": config.eos_token_id})
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: what differs from the defaults, and the extras."""
@@ -104,33 +116,23 @@ class GenerationConfig:
         atomic_write(Path(directory) / GENERATION_CONFIG_NAME, text)
 
 
-def _whole(minimum: int, none: bool = False) -> tuple[Any, str]:
-    return (
-        lambda v: (none and v is None) or (isinstance(v, int) and v >= minimum),
-        f"a whole number from {minimum} on{' or None' if none else ''}",
-    )
-
-
+#: Fields in which None says something other than the default.
+_OPTIONAL = ("top_k", "top_p", "pad_token_id", "bos_token_id", "eos_token_id")
 _FIELDS = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name != "extra")
-_RANGES = {
-    "max_length": _whole(1),
-    "max_new_tokens": _whole(1, none=True),
-    "min_length": _whole(0),
-    "min_new_tokens": _whole(0, none=True),
-    "temperature": (
-        lambda v: isinstance(v, int | float) and 0 < v < float("inf"),
-        "a number above 0 (for greedy decoding, leave do_sample=False)",
-    ),
-    "top_k": _whole(0, none=True),
-    "top_p": (
-        lambda v: v is None or (isinstance(v, int | float) and 0 <= v <= 1),
-        "a number from 0 to 1",
-    ),
-    "repetition_penalty": (
-        lambda v: isinstance(v, int | float) and 0 < v < float("inf"),
-        "a number above 0 (1 is no penalty)",
-    ),
-    "num_return_sequences": _whole(1),
+_CHECKS: Mapping[str, Check] = {
+    "max_length": whole(1),
+    "max_new_tokens": optional(whole(1)),
+    "min_length": whole(0),
+    "min_new_tokens": optional(whole(0)),
+    "do_sample": flag,
+    "temperature": non_negative,
+    "top_k": optional(whole(0)),
+    "top_p": optional(probability),
+    "repetition_penalty": positive,
+    "num_return_sequences": whole(1),
+    "pad_token_id": token_id,
+    "bos_token_id": token_id,
+    "eos_token_id": token_ids,
 }
 
 #: Options of the reference that this release does not have: name -> the value that says nothing.
@@ -176,5 +178,8 @@ UNSUPPORTED: Mapping[str, Any] = {
     "output_attentions": False,
     "output_hidden_states": False,
     "return_dict_in_generate": False,
-    "use_cache": True,
 }
+#: Those of them that concern beams, and say nothing while there is one.
+BEAM_OPTIONS = ("length_penalty", "early_stopping")
+#: Accepted and without effect: decoding always has a cache, and never waits for other processes.
+IGNORED = ("use_cache", "synced_gpus")

@@ -10,7 +10,7 @@ from enum import Enum
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, UnsupportedError
-from opt_core.generation.config import UNSUPPORTED, GenerationConfig
+from opt_core.generation.config import BEAM_OPTIONS, UNSUPPORTED, GenerationConfig
 from opt_core.generation.processors import (
     LogitsProcessor,
     MinLength,
@@ -20,6 +20,9 @@ from opt_core.generation.processors import (
     TopK,
     TopP,
 )
+
+#: Below it, scores divided by the temperature would no longer be numbers of float32.
+LOWEST_TEMPERATURE = 1e-30
 
 
 class GenerationMode(Enum):
@@ -54,8 +57,12 @@ def make_plan(options: GenerationConfig, config: OPTConfig, prompt_length: int) 
         InputError: options that contradict each other, the prompt or the model.
         UnsupportedError: an option that this release does not have.
     """
+    beams = options.extra.get("num_beams", 1)
     for name, neutral in UNSUPPORTED.items():
-        if options.extra.get(name, neutral) != neutral:
+        value = options.extra.get(name, neutral)
+        if name in BEAM_OPTIONS and beams in (None, 1):
+            continue  # without beams they say nothing
+        if value is not None and value != neutral and value != []:
             raise UnsupportedError(
                 f"generate: {name}={options.extra[name]!r} is not supported in this release. "
                 "Supported: greedy decoding and sampling with temperature, top_k, top_p, "
@@ -80,7 +87,7 @@ def make_plan(options: GenerationConfig, config: OPTConfig, prompt_length: int) 
         prompt_length=prompt_length,
         max_new_tokens=max_new_tokens,
         eos_token_ids=eos,
-        pad_token_id=_pad_token_id(options),
+        pad_token_id=_pad_token_id(options, config.vocab_size),
         num_return_sequences=options.num_return_sequences,
     )
 
@@ -115,6 +122,11 @@ def _check_consistency(options: GenerationConfig, length: int, max_new_tokens: i
             f"min_new_tokens={options.min_new_tokens} is more than the {max_new_tokens} tokens that "
             "max_new_tokens or max_length leave. Lower it, or raise max_new_tokens."
         )
+    if options.do_sample and options.temperature < LOWEST_TEMPERATURE:
+        raise InputError(
+            f"temperature={options.temperature}: sampling needs at least {LOWEST_TEMPERATURE}. "
+            "For the most likely tokens, use do_sample=False."
+        )
     if not options.do_sample:
         defaults = GenerationConfig()
         for name in ("temperature", "top_k", "top_p"):
@@ -123,8 +135,13 @@ def _check_consistency(options: GenerationConfig, length: int, max_new_tokens: i
                 warnings.warn(f"{name}={value} has no effect without do_sample=True.", stacklevel=5)
 
 
-def _pad_token_id(options: GenerationConfig) -> int:
+def _pad_token_id(options: GenerationConfig, vocab_size: int) -> int:
     if options.pad_token_id is not None:
+        if not 0 <= options.pad_token_id < vocab_size:
+            raise InputError(
+                f"pad_token_id={options.pad_token_id} lies outside the vocabulary of {vocab_size} "
+                "tokens."
+            )
         return options.pad_token_id
     if not options.eos_token_ids:
         return 0  # no row ever ends early, so nothing is ever padded

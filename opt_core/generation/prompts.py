@@ -8,12 +8,41 @@ import numpy as np
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
-from opt_core.inputs import check_ids
+from opt_core.inputs import Shape, check_ids
 
 
 def infers_mask(options: GenerationConfig) -> bool:
     """Whether pads can be told from tokens: there is a pad id, and it does not end sequences."""
     return options.pad_token_id is not None and options.pad_token_id not in options.eos_token_ids
+
+
+def start_of_text(options: GenerationConfig) -> list[list[int]]:
+    """The prompt of who gives none: the beginning-of-sequence token.
+
+    Raises:
+        InputError: there is none.
+    """
+    if options.bos_token_id is None:
+        raise InputError("Give input_ids: there is no bos_token_id to start from.")
+    return [[options.bos_token_id]]
+
+
+def check_prompt_shape(shape: Shape, dtype: str) -> None:
+    """Raises InputError unless the prompts are a batch of whole numbers, neither side empty."""
+    if len(shape) != 2 or 0 in shape:
+        raise InputError(
+            f"input_ids: expected [batch, tokens], neither of them 0, found {tuple(shape)}."
+        )
+    if "int" not in dtype:
+        raise InputError(f"input_ids: expected whole numbers, found {dtype}.")
+
+
+def check_seed(seed: int | None, noise: object) -> None:
+    """Raises InputError unless sampling is decided once, by a seed that every framework takes."""
+    if seed is not None and noise is not None:
+        raise InputError("Give seed or noise, not both: each of them decides the sampling.")
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**32):
+        raise InputError(f"seed: expected a whole number from 0 to 2**32 - 1, found {seed!r}.")
 
 
 def check_prompts(input_ids: np.ndarray, attention_mask: np.ndarray, config: OPTConfig) -> None:

@@ -16,7 +16,13 @@ from jax import Array
 from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.plan import DecodePlan, GenerationMode, make_plan
-from opt_core.generation.prompts import check_prompts, infers_mask
+from opt_core.generation.prompts import (
+    check_prompt_shape,
+    check_prompts,
+    check_seed,
+    infers_mask,
+    start_of_text,
+)
 from opt_flax.generation.decode import Noise, decode, decode_step, prefill
 from opt_flax.generation.state import DecodeState
 from opt_flax.outputs import GenerateOutput
@@ -67,11 +73,14 @@ def generate(
         attention_mask = input_ids != config.pad_token_id
     if attention_mask is None:
         attention_mask = jnp.ones_like(input_ids)
-    attention_mask = jnp.asarray(attention_mask).astype(jnp.int32)
+    attention_mask = jnp.asarray(attention_mask)
     padded = True
     if not any(isinstance(x, jax.core.Tracer) for x in (input_ids, attention_mask)):
         check_prompts(np.asarray(input_ids), np.asarray(attention_mask), model.config)
         padded = not np.asarray(attention_mask).all()
+    elif plan.mode is GenerationMode.SAMPLE and seed is prng_key is noise is None:
+        raise InputError("Inside jax.jit, sampling needs a prng_key, a seed or noise.")
+    attention_mask = attention_mask.astype(jnp.int32)
 
     input_ids = jnp.repeat(input_ids, plan.num_return_sequences, axis=0)
     attention_mask = jnp.repeat(attention_mask, plan.num_return_sequences, axis=0)
@@ -124,14 +133,9 @@ def align_right(tokens: Array, mask: Array) -> tuple[Array, Array]:
 
 def _prompts(input_ids: Any, config: GenerationConfig) -> Array:
     if input_ids is None:
-        if config.bos_token_id is None:
-            raise InputError("Give input_ids: there is no bos_token_id to start from.")
-        input_ids = [[config.bos_token_id]]
+        input_ids = start_of_text(config)
     tokens = jnp.asarray(input_ids)
-    if tokens.ndim != 2 or not tokens.size:
-        raise InputError(
-            f"input_ids: expected [batch, tokens], neither of them 0, found {tuple(tokens.shape)}."
-        )
+    check_prompt_shape(tokens.shape, str(tokens.dtype))
     return tokens.astype(jnp.int32)
 
 
@@ -139,6 +143,7 @@ def _noise(
     plan: DecodePlan, model: Any, rows: int, seed: int | None, noise: Any, prng_key: Array | None
 ) -> tuple[Array | None, Array | None]:
     """The sampling's key, or its Gumbel noise [steps, rows, V]; two Nones where nothing is sampled."""
+    check_seed(seed, noise)
     if plan.mode is GenerationMode.GREEDY:
         return None, None
     shape = (rows, model.config.vocab_size)

@@ -14,11 +14,16 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core.config import OPTConfig
-from opt_core.errors import InputError
+from opt_core.errors import InputError, UnsupportedError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.plan import DecodePlan, GenerationMode, make_plan
 from opt_core.generation.processors import MinLength
-from opt_core.generation.prompts import check_prompts, infers_mask
+from opt_core.generation.prompts import (
+    check_prompt_shape,
+    check_prompts,
+    infers_mask,
+    start_of_text,
+)
 from opt_tf.generation.decode import Noise, decode, decode_step, prefill
 from opt_tf.generation.state import DecodeState
 
@@ -60,6 +65,11 @@ def generate(
         InputError: options or prompts that do not fit each other or the model.
         UnsupportedError: an option that this release does not have.
     """
+    if not tf.executing_eagerly():
+        raise UnsupportedError(
+            "generate compiles itself and cannot be compiled into something else: call it directly, "
+            "not inside a tf.function."
+        )
     config = (generation_config or model.generation_config).replace(**options)
     input_ids = _prompts(input_ids, config)
     plan = make_plan(config, model.config, input_ids.shape[1])
@@ -67,8 +77,8 @@ def generate(
         attention_mask = input_ids != config.pad_token_id
     if attention_mask is None:
         attention_mask = tf.ones_like(input_ids)
+    check_prompts(input_ids.numpy(), np.asarray(attention_mask), model.config)
     attention_mask = tf.cast(attention_mask, tf.int32)
-    check_prompts(input_ids.numpy(), attention_mask.numpy(), model.config)
 
     input_ids = tf.repeat(input_ids, plan.num_return_sequences, axis=0)
     attention_mask = tf.repeat(attention_mask, plan.num_return_sequences, axis=0)
@@ -95,7 +105,7 @@ def bucketed(
     )
     plan = replace(plan, prompt_length=length, processors=processors)
     before = [[0, 0], [pads, 0]]
-    return plan, tf.pad(tokens, before, constant_values=plan.pad_token_id), tf.pad(mask, before)
+    return plan, tf.pad(tokens, before), tf.pad(mask, before)
 
 
 def compiled(model: Any, plan: DecodePlan) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -145,14 +155,9 @@ def align_right(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _prompts(input_ids: Any, config: GenerationConfig) -> Tensor:
     if input_ids is None:
-        if config.bos_token_id is None:
-            raise InputError("Give input_ids: there is no bos_token_id to start from.")
-        input_ids = [[config.bos_token_id]]
+        input_ids = start_of_text(config)
     tokens = np.asarray(input_ids)
-    if tokens.ndim != 2 or not tokens.size:
-        raise InputError(
-            f"input_ids: expected [batch, tokens], neither of them 0, found {tuple(tokens.shape)}."
-        )
+    check_prompt_shape(tokens.shape, str(tokens.dtype))
     return tf.constant(tokens, tf.int32)
 
 
@@ -160,6 +165,7 @@ def _randomness(
     plan: DecodePlan, model: Any, rows: int, seed: int | None, noise: Any
 ) -> tuple[Tensor | None, Tensor | None]:
     """The seed [2] or the noise [steps, rows, V] of sampling; two Nones where nothing is sampled."""
+    check_seed(seed, noise)
     if plan.mode is GenerationMode.GREEDY:
         return None, None
     if noise is not None:

@@ -12,7 +12,13 @@ from torch import Tensor
 from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.plan import DecodePlan, GenerationMode, make_plan
-from opt_core.generation.prompts import check_prompts, infers_mask
+from opt_core.generation.prompts import (
+    check_prompt_shape,
+    check_prompts,
+    check_seed,
+    infers_mask,
+    start_of_text,
+)
 from opt_torch.generation.decode import Noise, decode, decode_step, prefill
 from opt_torch.generation.state import DecodeState
 
@@ -56,8 +62,9 @@ def generate(
         attention_mask = (input_ids != config.pad_token_id).long()  # type: ignore[attr-defined]
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    attention_mask = torch.as_tensor(attention_mask, device=model.device).long()
+    attention_mask = torch.as_tensor(attention_mask, device=model.device)
     check_prompts(input_ids.cpu().numpy(), attention_mask.cpu().numpy(), model.config)
+    attention_mask = attention_mask.long()
 
     input_ids = input_ids.repeat_interleave(plan.num_return_sequences, dim=0)
     attention_mask = attention_mask.repeat_interleave(plan.num_return_sequences, dim=0)
@@ -95,14 +102,9 @@ def align_right(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _prompts(input_ids: Any, config: GenerationConfig, device: torch.device) -> Tensor:
     if input_ids is None:
-        if config.bos_token_id is None:
-            raise InputError("Give input_ids: there is no bos_token_id to start from.")
-        input_ids = [[config.bos_token_id]]
+        input_ids = start_of_text(config)
     tokens = torch.as_tensor(input_ids, device=device)
-    if tokens.ndim != 2 or not tokens.numel():
-        raise InputError(
-            f"input_ids: expected [batch, tokens], neither of them 0, found {tuple(tokens.shape)}."
-        )
+    check_prompt_shape(tokens.shape, str(tokens.dtype))
     return tokens.long()
 
 
@@ -110,6 +112,7 @@ def _noise(
     plan: DecodePlan, model: Any, rows: int, seed: int | None, noise: Tensor | None
 ) -> Noise | None:
     """The Gumbel noise [rows, V] of each step; None where nothing is sampled."""
+    check_seed(seed, noise)
     if plan.mode is GenerationMode.GREEDY:
         return None
     shape = (rows, model.config.vocab_size)

@@ -110,6 +110,10 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def gradients(self, model: Model, **inputs: Any) -> dict[str, Array]:
+        """The gradient of the loss by canonical name, in canonical layout."""
+
+    @abstractmethod
     def init_cache(self, model: Model, batch_size: int, max_length: int) -> Any:
         """An empty fixed cache, to be passed as past_key_values."""
 

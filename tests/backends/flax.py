@@ -72,6 +72,11 @@ class FlaxBackend(Backend):
         output = model(**inputs, train=train, dropout_rng=jax.random.key(seed))
         return read_output(output, _numpy)
 
+    def gradients(self, model: Any, **inputs: Any) -> dict[str, Array]:
+        tree = jax.grad(lambda params: model(**inputs, params=params).loss)(model.params)
+        rows = canonical_arrays(tree, model.config, model.architecture)
+        return {param.name: read() for param, _, read in rows}
+
     def init_cache(self, model: Any, batch_size: int, max_length: int) -> Any:
         return model.init_cache(batch_size, max_length)
 

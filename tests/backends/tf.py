@@ -20,7 +20,7 @@ from opt_tf.activations import ACTIVATIONS
 from opt_tf.attention import KERNELS
 from opt_tf.generation.processors import APPLY, process
 from opt_tf.generation.state import DecodeState
-from opt_tf.weights import canonical_arrays
+from opt_tf.weights import canonical_arrays, find_parameter
 from tests.backends.base import Array, Backend, canonical_shapes, nested, read_output
 
 
@@ -74,6 +74,18 @@ class TFBackend(Backend):
         base.decoder.seed_generator.state.assign([seed, 0])
         output = model(**inputs, training=train)
         return read_output(output, _numpy)
+
+    def gradients(self, model: Any, **inputs: Any) -> dict[str, Array]:
+        rows = param_table(model.config, model.architecture)
+        owners = [find_parameter(model, param, model.architecture) for param in rows]
+        variables = [getattr(layer, leaf).value for layer, leaf in owners]
+        with tf.GradientTape() as tape:
+            loss = model(**inputs).loss
+        found = [tf.convert_to_tensor(g).numpy() for g in tape.gradient(loss, variables)]
+        return {
+            param.name: gradient.T if param.transposed("tf") else gradient
+            for param, gradient in zip(rows, found, strict=True)
+        }
 
     def init_cache(self, model: Any, batch_size: int, max_length: int) -> Any:
         return model.init_cache(batch_size, max_length)

@@ -18,7 +18,7 @@ from opt_torch.activations import ACTIVATIONS
 from opt_torch.attention import KERNELS
 from opt_torch.generation.processors import APPLY, process
 from opt_torch.generation.state import DecodeState
-from opt_torch.weights import canonical_arrays
+from opt_torch.weights import canonical_arrays, find_parameter
 from tests.backends.base import Array, Backend, canonical_shapes, nested, read_output
 
 
@@ -72,6 +72,13 @@ class TorchBackend(Backend):
         finally:
             model.eval()
         return read_output(output, _numpy)
+
+    def gradients(self, model: Any, **inputs: Any) -> dict[str, Array]:
+        model.zero_grad()
+        model(**{name: torch.tensor(value) for name, value in inputs.items()}).loss.backward()
+        rows = param_table(model.config, model.architecture)
+        owners = {p.name: find_parameter(model, p, model.architecture) for p in rows}
+        return {n: owner.get_parameter(leaf).grad.numpy() for n, (owner, leaf) in owners.items()}
 
     def init_cache(self, model: Any, batch_size: int, max_length: int) -> Any:
         return model.init_cache(batch_size, max_length)

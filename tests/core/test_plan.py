@@ -126,7 +126,6 @@ OTHER: dict[str, Any] = {
     "bad_words_ids": [[3]],
     "typical_p": 0.5,
     "forced_eos_token_id": 2,
-    "use_cache": False,
     "return_dict_in_generate": True,
     "output_scores": True,
     "max_time": 3.0,
@@ -141,6 +140,34 @@ def test_what_is_not_there_yet_is_refused(name: str) -> None:
 
 def test_what_is_not_there_may_say_nothing() -> None:
     assert plan(**UNSUPPORTED) == plan()
+    assert plan(**dict.fromkeys(UNSUPPORTED)) == plan()  # None, as some callers write
+    assert (
+        plan(bad_words_ids=[], use_cache=False, length_penalty=0.6, early_stopping=True) == plan()
+    )
+
+
+def test_options_of_an_old_config_are_not_forgotten() -> None:
+    """Before generation_config.json, they stood in config.json."""
+    config = OPTConfig(num_beams=4, temperature=None, max_length=33)
+    options = GenerationConfig.from_model_config(config)
+    assert (options.max_length, options.temperature) == (33, 1.0)
+    with pytest.raises(UnsupportedError, match="num_beams=4"):
+        make_plan(options, config, 5)
+
+
+def test_none_says_the_default() -> None:
+    assert OPTIONS.replace(max_length=None, temperature=None).max_length == 20
+
+
+def test_a_pad_outside_the_vocabulary_is_refused() -> None:
+    for pad in (-1, 30):
+        with pytest.raises(InputError, match=f"pad_token_id={pad} lies outside the vocabulary"):
+            plan(pad_token_id=pad)
+
+
+def test_sampling_needs_a_temperature() -> None:
+    with pytest.raises(InputError, match="sampling needs at least"):
+        plan(do_sample=True, temperature=0.0)
 
 
 def test_an_unknown_option_names_the_nearest() -> None:
@@ -153,11 +180,11 @@ def test_an_unknown_option_names_the_nearest() -> None:
 
 
 INVALID: dict[str, tuple[Any, ...]] = {
-    "temperature": (0.0, -1.0, float("inf"), float("nan"), "hot"),
+    "temperature": (-1.0, float("inf"), float("nan"), "hot"),
     "top_k": (-1, 1.5, True),
     "top_p": (-0.1, 1.1),
     "repetition_penalty": (0.0, float("inf")),
-    "max_length": (0, None),
+    "max_length": (0,),
     "max_new_tokens": (0, -3, 2.0),
     "min_length": (-1,),
     "min_new_tokens": (-1,),
