@@ -21,6 +21,7 @@ from opt_core.generation.processors import MinLength
 from opt_core.generation.prompts import (
     check_prompt_shape,
     check_prompts,
+    check_seed,
     infers_mask,
     start_of_text,
 )
