@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-# A fresh machine needs Python 3.11 or newer and make; every target sets up what it needs.
+# A fresh machine needs Python 3.11 to 3.13 and make; every target sets up what it needs.
+# The environments of the reference (make oracle, make golden) need Python 3.11: ORACLE_PYTHON.
 
 PYTHON ?= python3
+ORACLE_PYTHON ?= $(PYTHON)
 VENV ?= .venv
 ENVIRONMENTS ?= .cache/oracle
 
@@ -62,13 +64,15 @@ clean:  ## remove environments, caches and what was built
 	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "opt-zoo needs Python 3.11 or newer, found %d.%d. Try: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "opt-zoo needs Python 3.11 to 3.13, found %d.%d. Try: make PYTHON=python3.12 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all-cpu,dev]'
 	@touch $@
 
 $(ENVIRONMENTS)/%/.ready: tests/oracle/requirements-%.txt
+	@$(ORACLE_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "The reference needs Python 3.11, found %d.%d. Try: make ORACLE_PYTHON=python3.11 ..." % sys.version_info[:2])'
+	@test ! -e $(@D) -o -e $(@D)/pyvenv.cfg || { echo "$(@D) is no environment: move it away, or set ENVIRONMENTS"; exit 1; }
 	rm -rf $(@D)
-	$(PYTHON) -m venv $(@D)
+	$(ORACLE_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -r $<
 	@touch $@

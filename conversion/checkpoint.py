@@ -27,12 +27,21 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        """The class of model that the configuration names, by its name in PyTorch."""
-        for name in (self.config.architectures if self.config else None) or ():
-            name = name.removeprefix("TF").removeprefix("Flax")
-            if name in ARCHITECTURES:
-                return name
-        return DEFAULT_ARCHITECTURE
+        """The class of model that the configuration names, by its name in PyTorch, or a guess."""
+        return next(iter(self._known()), DEFAULT_ARCHITECTURE)
+
+    @property
+    def assumption(self) -> str | None:
+        """Why `architecture` is a guess; None where the configuration names it, or there is none."""
+        if self.config is None or self._known():
+            return None
+        named = ", ".join(self.config.architectures or ()) or "none"
+        return f"assumed: 'architectures' in {CONFIG_NAME} names no class of OPT model, but {named}"
+
+    def _known(self) -> list[str]:
+        named = (self.config.architectures if self.config else None) or ()
+        plain = [name.removeprefix("TF").removeprefix("Flax") for name in named]
+        return [name for name in plain if name in ARCHITECTURES]
 
     def __enter__(self) -> Self:
         return self

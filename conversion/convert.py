@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from opt_core.checkpoints import CheckpointWriter, TensorInfo
 from opt_core.config import CONFIG_NAME, OPTConfig
 from opt_core.dtypes import MODEL_DTYPES, dtype_name
 from opt_core.errors import CheckpointError, ConfigError, InputError
+from opt_core.files import atomic_write, hidden_sibling
 from opt_core.hub import TEXT_FILES
 from opt_core.loading import Source, match
 from opt_core.params import param_table
+
+_COPIED = tuple(name for name in TEXT_FILES if name != CONFIG_NAME)
 
 #: Called after each tensor with the bytes written so far and the bytes of all.
 Progress = Callable[[int, int], None]
@@ -32,6 +35,7 @@ class Conversion:
 
     target: Path
     architecture: str
+    assumption: str | None  # why the architecture is a guess; None where it is none
     tensors: int
     nbytes: int
     copied: tuple[str, ...]  # tokenizer and generation files, by name
@@ -48,12 +52,13 @@ def convert(
 ) -> Conversion:
     """Writes `source` into the directory `target` under the canonical names and in their layout.
 
-    No more than one tensor is in memory at a time. What stood in `target` stays until all weights
-    are written.
+    No more than one tensor is in memory at a time. Everything is written under hidden names first,
+    so a failure until then leaves `target` as it was; then the weights and the texts get their names
+    one by one, and tokenizer and generation files of a former model that `source` lacks go.
 
     Args:
         source: a directory, a file of weights with its config.json beside it, or a hub name.
-        target: a directory, made if need be.
+        target: a directory, made if need be; `~` is the home directory.
         dtype: of the written tensors, such as "bfloat16"; None keeps each tensor's own.
         max_shard_size: bytes, or such as "5GB"; a larger model is written as shards with an index.
         overwrite: allows a target that is not empty.
@@ -66,8 +71,7 @@ def convert(
         FormatError: a damaged or unsafe file.
         InputError: a target that is not empty, or an option that makes no sense.
     """
-    target = Path(target)
-    _check_target(target, overwrite)
+    target = _checked_target(target, overwrite)
     wanted = None if dtype is None else MODEL_DTYPES[dtype_name(dtype)]
     with open_checkpoint(source) as checkpoint:
         config, architecture = _config(checkpoint), checkpoint.architecture
@@ -78,23 +82,35 @@ def convert(
         ]
         total = sum(info.nbytes for info in infos)
         done = 0
-        with CheckpointWriter(target, infos, max_shard_size=max_shard_size) as writer:
+        texts = {name: checkpoint.directory / name for name in _COPIED}
+        copies = {name: path.read_bytes() for name, path in texts.items() if path.is_file()}
+        written = config.replace(architectures=[architecture], torch_dtype=str(infos[0].dtype))
+        with (
+            _texts(target, {CONFIG_NAME: written.to_json_string().encode(), **copies}) as finish,
+            CheckpointWriter(target, infos, max_shard_size=max_shard_size) as writer,
+        ):
             for info, array in zip(infos, _arrays(sources, wanted), strict=True):
                 writer.write(info.name, array)
                 done += info.nbytes
                 progress(done, total)
-        written = config.replace(architectures=[architecture], torch_dtype=str(infos[0].dtype))
-        written.save_pretrained(target)
-        copied = tuple(_copy_texts(checkpoint.directory, target))
-    return Conversion(target, architecture, len(infos), total, copied)
+            finish()
+        for name in _COPIED:
+            if name not in copies:
+                (target / name).unlink(missing_ok=True)
+        assumption = checkpoint.assumption
+    return Conversion(target, architecture, assumption, len(infos), total, tuple(copies))
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def _checked_target(target: str | os.PathLike[str], overwrite: bool) -> Path:
+    if not os.fspath(target):
+        raise InputError("target: expected a directory to write into, found an empty name.")
+    target = Path(target).expanduser()
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise InputError(
             f"{target}: expected a new or empty directory, found files in it. Choose another, or "
             "allow overwriting (overwrite=True, --overwrite)."
         )
+    return target
 
 
 def _config(checkpoint: Checkpoint) -> OPTConfig:
@@ -139,9 +155,26 @@ def _cast(name: str, array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     return cast
 
 
-def _copy_texts(source: Path, target: Path) -> Iterator[str]:
-    for name in TEXT_FILES:
-        if name != CONFIG_NAME and (source / name).is_file():
-            if not (target / name).exists() or not (source / name).samefile(target / name):
-                shutil.copyfile(source / name, target / name)
-            yield name
+@contextmanager
+def _texts(target: Path, contents: Mapping[str, bytes]) -> Iterator[Callable[[], None]]:
+    """Gives a function that writes files under hidden names; they get their own at a good end."""
+    hidden = {name: hidden_sibling(target / name) for name in contents}
+
+    def discard() -> None:
+        for path in hidden.values():
+            path.unlink(missing_ok=True)
+
+    def write() -> None:
+        try:
+            for name, content in contents.items():
+                atomic_write(hidden[name], content)
+        except BaseException:
+            discard()  # now, so that the writer can remove the directory that it made
+            raise
+
+    try:
+        yield write
+        for name, path in hidden.items():
+            os.replace(path, target / name)
+    finally:
+        discard()

@@ -14,16 +14,23 @@ FIGURES = Path(__file__).parent.parent / "tests" / "oracle" / "figures.json"
 PAGE = Path(__file__).parent / "numerics.md"
 BEGIN, END = "<!-- begin {} -->\n", "<!-- end {} -->"
 BACKENDS = ("torch", "tf", "flax")
+LIVE = ("random configurations", "opt-125m", "opt-350m", "opt-1.3b")
 Figures = Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def cell(found: Mapping[str, Mapping[str, float]], name: str, form: str) -> str:
+    """One figure; a dash where it has not been measured."""
+    return format(found[name]["error"], form) if name in found else "-"
 
 
 def live_table(figures: Figures) -> str:
     """The largest relative error of the logits against transformers 4.37.2, per backend."""
     rows = ["| models | torch | tf | flax |", "|---|---|---|---|"]
-    for what, found in figures.items():
-        if not what.startswith("precision "):
-            cells = " | ".join(f"{found[name]['error']:.1e}" for name in BACKENDS)
-            rows.append(f"| {what} ({found['torch']['models']}) | {cells} |")
+    for what in LIVE:
+        found = figures.get(what, {})
+        models = max((int(figure["models"]) for figure in found.values()), default=0)
+        cells = " | ".join(cell(found, name, ".1e") for name in BACKENDS)
+        rows.append(f"| {what} ({models}) | {cells} |")
     return "\n".join(rows) + "\n"
 
 
@@ -31,8 +38,8 @@ def precision_table(figures: Figures) -> str:
     """The root mean square distance from the float64 specification, per dtype."""
     rows = ["| dtype | reference | torch | tf | flax |", "|---|---|---|---|---|"]
     for dtype in ("float32", "bfloat16", "float16"):
-        found = figures[f"precision {dtype}"]
-        cells = " | ".join(f"{found[name]['error']:.3e}" for name in ("reference", *BACKENDS))
+        found = figures.get(f"precision {dtype}", {})
+        cells = " | ".join(cell(found, name, ".3e") for name in ("reference", *BACKENDS))
         rows.append(f"| {dtype} | {cells} |")
     return "\n".join(rows) + "\n"
 

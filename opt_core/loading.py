@@ -17,6 +17,10 @@ from opt_core.dtypes import dtype_name
 from opt_core.errors import CheckpointError
 from opt_core.params import ARCHITECTURES, TIED_HEAD_NAME, Param, param_table
 
+#: For who calls from Python: notes show in a traceback, and no command repeats them.
+_SHAPES = "With ignore_mismatched_sizes=True these keep their initial values."
+_REPORTS = "With output_loading_info=True the rest is loaded, and this reported."
+
 
 @dataclass(frozen=True)
 class Source:
@@ -78,27 +82,30 @@ class LoadReport:
             CheckpointError: missing, unexpected or mismatched tensors.
         """
         if self.mismatched and not ignore_mismatched_sizes:
-            raise CheckpointError(
+            error = CheckpointError(
                 f"{where} does not fit the configuration:\n  "
                 + "\n  ".join(_shorten(self.mismatched))
-                + "\nWith ignore_mismatched_sizes=True these keep their initial values."
             )
+            error.add_note(_SHAPES)
+            raise error
         if tolerate:
             return
         if self.missing:
-            raise CheckpointError(
+            error = CheckpointError(
                 f"{where} lacks {len(self.missing)} tensors that the configuration asks for: "
                 f"{', '.join(_shorten(self.missing))}. Is a shard missing, or num_hidden_layers, "
-                "enable_bias or another option of config.json wrong? output_loading_info=True "
-                "loads the rest and reports."
+                "enable_bias or another option of config.json wrong?"
             )
+            error.add_note(_REPORTS)
+            raise error
         if self.unexpected:
-            raise CheckpointError(
+            error = CheckpointError(
                 f"{where} holds {len(self.unexpected)} tensors that the configuration has no place "
                 f"for: {', '.join(_shorten(self.unexpected))}. Is num_hidden_layers, enable_bias "
-                "or another option of config.json wrong? output_loading_info=True loads the rest "
-                "and reports."
+                "or another option of config.json wrong?"
             )
+            error.add_note(_REPORTS)
+            raise error
         if self.missing_head:
             warnings.warn(
                 f"{where} has no {', '.join(self.missing_head)}: initialised anew. Train the model "

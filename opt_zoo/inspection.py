@@ -40,6 +40,7 @@ class Inspection:
     files: dict[str, int]  # name -> bytes
     metadata: dict[str, str]
     architecture: str | None  # None without a config.json
+    assumption: str | None  # why the architecture is a guess
     config: dict[str, Any] | None
     dtypes: dict[str, int]  # name -> number of tensors
     tensors: tuple[tuple[str, str, tuple[int, ...], int], ...]  # name, dtype, shape, bytes
@@ -59,7 +60,7 @@ class Inspection:
         return not (self.missing or self.unexpected or self.mismatched or self.problem)
 
 
-def inspect(source: str | os.PathLike[str]) -> Inspection:
+def inspect_checkpoint(source: str | os.PathLike[str]) -> Inspection:
     """Describes a directory, a file of weights, an index or a hub name; raises OPTError."""
     with open_checkpoint(source) as checkpoint:
         reader = checkpoint.reader
@@ -70,6 +71,7 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
             files={file.name: file.stat().st_size for file in reader.files},
             metadata=reader.metadata,
             architecture=checkpoint.architecture if checkpoint.config else None,
+            assumption=checkpoint.assumption,
             config=_summary(checkpoint.config),
             dtypes=dict(Counter(str(tensor.dtype) for tensor in reader.values())),
             tensors=tuple(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from opt_core.config import CONFIG_NAME, OPTConfig
 from opt_core.errors import InputError
 from opt_core.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+from opt_core.hub import resolve
 from opt_core.tokenizer import OPTTokenizer
 
 
@@ -22,19 +24,20 @@ class Prompts:
     """Texts as a left-padded batch, and the way back from sequences to texts."""
 
     texts: tuple[str, ...]
+    directory: Path  # of the model
     tokenizer: OPTTokenizer
     inputs: dict[str, list[list[int]]]  # input_ids and attention_mask, [B, T]
     eos_token_ids: tuple[int, ...]
 
     @classmethod
-    def encode(cls, directory: Path, texts: Sequence[str]) -> Self:
-        """Encodes texts with the tokenizer of a model's directory; raises OPTError."""
-        if not texts or not all(texts):
-            raise InputError("Expected at least one prompt, none of them empty.")
+    def encode(cls, model: str | os.PathLike[str], texts: Sequence[str]) -> Self:
+        """Encodes texts with a model's tokenizer, fetching the model if need be; raises OPTError."""
+        _check(texts)
+        directory = resolve(model)
         tokenizer = OPTTokenizer.from_pretrained(directory, padding_side="left")
         batch: dict[str, Any] = tokenizer(list(texts), padding=True)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        return cls(tuple(texts), tokenizer, inputs, _eos_token_ids(directory))
+        return cls(tuple(texts), directory, tokenizer, inputs, _eos_token_ids(directory))
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -53,6 +56,19 @@ class Prompts:
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The texts of tokens, special ones left out."""
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def _check(texts: Sequence[str]) -> None:
+    if not texts or not all(texts):
+        raise InputError("Expected at least one prompt, none of them empty.")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"Prompt {text!r}: expected text, found {text[error.start]!r} at character "
+                f"{error.start}, half a surrogate pair or a byte that is not UTF-8. Give it in UTF-8."
+            ) from error
 
 
 def _eos_token_ids(directory: Path) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process of one framework: `python -m opt_zoo.worker` reads a `Request`, answers in JSON lines.
 
-Events go to what was stdout when the process began; whatever libraries print goes to stderr.
+Events go to what was stdout when the process began; whatever libraries print goes to stderr. The
+process ends when its stdin does: whoever asked is gone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +25,9 @@ from opt_core.errors import OPTError
 from opt_zoo.backends import CausalLM, Framework
 from opt_zoo.memory import peak_bytes
 
+REPEAT_SECONDS = 0.5
+MOST_REPEATS = 10
+
 Send = Callable[..., None]
 
 
@@ -29,8 +35,8 @@ Send = Callable[..., None]
 class Request:
     """What the worker is to do: load a model, continue prompts, perhaps keep the prompts' logits.
 
-    `inputs` are input_ids and attention_mask, [B, T] each. With `repeat`, generation runs twice, so
-    that the second run shows the speed without compilation.
+    `inputs` are input_ids and attention_mask, [B, T] each. With `repeat`, generation runs several
+    times more, so that the best run shows the speed without compilation.
     """
 
     framework: Framework
@@ -62,11 +68,32 @@ def main() -> int:
             channel.write(json.dumps({"event": event, **values}) + "\n")
             channel.flush()
 
+        _send_warnings(send)
+        request = Request.from_json(sys.stdin.readline())
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
         try:
-            send("result", **answer(Request.from_json(sys.stdin.read()), send))
+            send("result", **answer(request, send))
         except (OPTError, ImportError) as error:
             send("error", kind=type(error).__name__, message=str(error))
     return 0
+
+
+def _send_warnings(send: Send) -> None:
+    """From now on, warnings meant for the user are events; all others go to stderr as ever."""
+    show = warnings.showwarning
+
+    def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category is UserWarning:
+            send("warning", message=str(message))
+        else:
+            show(message, category, *where, **more)
+
+    warnings.showwarning = tell
+
+
+def _end_with_stdin() -> None:
+    os.read(0, 1)  # nothing follows the request, so this returns when the other end closes
+    os._exit(1)
 
 
 def answer(request: Request, send: Send) -> dict[str, Any]:
@@ -84,10 +111,11 @@ def answer(request: Request, send: Send) -> dict[str, Any]:
     model = timed("load", lambda: CausalLM.load(request.framework, request.model, request.dtype))
     sequences = timed("first run", lambda: generate(model, request, send))
     if request.repeat:
-        sequences = timed("second run", lambda: generate(model, request, send))
+        send("stage", name="more runs")
+        seconds["best run"] = best_seconds(lambda: generate(model, request, send))
     if request.logits_file is not None:
         logits = timed("logits", lambda: model.logits(request.inputs))
-        np.save(Path(request.logits_file), logits)
+        _save(Path(request.logits_file), logits)
     return {"sequences": sequences, "seconds": seconds, "peak_bytes": peak_bytes()}
 
 
@@ -100,6 +128,26 @@ def generate(model: CausalLM, request: Request, send: Send) -> list[list[int]]:
         sequences += model.generate(batch, request.options).tolist()
         send("progress", done=min(len(sequences), total), total=total)
     return sequences[:total] if request.batch_size else sequences
+
+
+def best_seconds(run: Callable[[], Any]) -> float:
+    """The shortest of as many runs as half a second allows, at most ten and at least one."""
+    durations: list[float] = []
+    while len(durations) < MOST_REPEATS and sum(durations) < REPEAT_SECONDS:
+        start = time.perf_counter()
+        run()
+        durations.append(time.perf_counter() - start)
+    return min(durations)
+
+
+def _save(file: Path, logits: NDArray[np.float32]) -> None:
+    try:
+        np.save(file, logits)
+    except OSError as error:
+        raise OPTError(
+            f"{file.parent}: expected room for {logits.nbytes} bytes of logits, but writing them "
+            f"failed ({error}). Free space there, or set TMPDIR to a directory that has it."
+        ) from error
 
 
 def _batches(inputs: dict[str, list[list[int]]], size: int) -> Iterator[dict[str, Any]]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from opt_core import __version__
+from opt_zoo import render
+from opt_zoo.inspection import inspect_checkpoint
 from tests.cli.conftest import Runner
 
 FORMATS = Path(__file__).parent.parent / "golden" / "formats" / "pre_norm"
@@ -67,6 +71,48 @@ def test_inspect_a_damaged_file(opt_zoo: Runner, model: Path, tmp_path: Path) ->
     done = opt_zoo("inspect", str(tmp_path))
     assert done.exit_code == 1
     assert done.stderr.startswith("damaged: ") and "model.safetensors" in done.stderr
+
+
+def test_a_broken_configuration_is_damage(opt_zoo: Runner, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text("{")
+    done = opt_zoo("inspect", str(tmp_path))
+    assert done.exit_code == 1
+    assert done.stderr.startswith("damaged: ") and "config.json" in done.stderr
+
+
+def test_an_assumed_architecture_is_said(opt_zoo: Runner, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "in")
+    config = {**json.loads((model / "config.json").read_text()), "architectures": ["GPT2LMHead"]}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    found = json.loads(opt_zoo("inspect", str(tmp_path / "in"), "--json").stdout)
+    assert found["architecture"] == "OPTForCausalLM" and "GPT2LMHead" in found["assumption"]
+    done = opt_zoo("convert", str(tmp_path / "in"), str(tmp_path / "out"))
+    assert "OPTForCausalLM (assumed: " in done.stdout
+
+
+def test_what_a_file_names_cannot_reach_the_terminal(model: Path) -> None:
+    found = inspect_checkpoint(model)
+    evil = "\x1b[31mred\n\u202egnp"
+    found = replace(
+        found,
+        files={evil: 1},
+        tensors=((evil, "float32", (1,), 4),),
+        missing=(evil,),
+        problem=evil,
+    )
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(render.inspection(found))
+    assert capture.get().count(r"\x1b[31mred\n\u202egnp") == 4
+    assert "\x1b[31mred" not in capture.get() and "\u202e" not in capture.get()
+
+
+def test_a_narrow_terminal_elides_nothing(model: Path) -> None:
+    console = Console(width=40)
+    with console.capture() as capture:
+        console.print(render.inspection(inspect_checkpoint(model)))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in capture.get()
 
 
 def test_convert(opt_zoo: Runner, tmp_path: Path) -> None:

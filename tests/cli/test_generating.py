@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.main import get_command
 
-from opt_core import CheckpointError, OPTTokenizer
+from opt_core import CheckpointError, OPTTokenizer, UnsupportedError
 from opt_core.assets import sums
 from opt_zoo import backends, demo, processes
 from opt_zoo.backends import BACKENDS, Framework
@@ -86,12 +87,24 @@ def test_different_tokens_are_exit_code_1(
 def test_a_framework_that_is_not_installed_is_named(
     opt_zoo: Runner, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    absent = dataclasses.replace(BACKENDS[Framework.FLAX], modules=("no_such_module",))
-    monkeypatch.setitem(backends.BACKENDS, Framework.FLAX, absent)
-    chosen = (*TORCH, "--framework", "flax")
-    done = opt_zoo("demo", "--model", str(model), *chosen, "--max-new-tokens", "1")
+    for name in (Framework.TF, Framework.FLAX):
+        absent = dataclasses.replace(BACKENDS[name], modules=("no_such_module",))
+        monkeypatch.setitem(backends.BACKENDS, name, absent)
+    advice = "JAX/Flax is not installed: pip install 'opt-zoo[flax]'"
+    done = opt_zoo("demo", "--model", str(model), "--max-new-tokens", "1")
     assert done.exit_code == 0
-    assert "JAX/Flax is not installed: pip install 'opt-zoo[flax]'" in done.stderr
+    assert advice in done.stderr and "PyTorch" in done.stdout
+    for command in ("demo", "accuracy"):
+        asked = opt_zoo(command, *TORCH, "--framework", "flax")
+        assert isinstance(asked.exception, UnsupportedError) and str(asked.exception) == advice
+
+
+def test_help_names_the_embedded_model_and_explains_every_option(opt_zoo: Runner) -> None:
+    for command in ("demo", "generate"):
+        assert "opt-tiny-sums" in (text := opt_zoo(command, "--help").stdout)
+        assert "assets" not in text
+    for info in get_command(app).commands.values():
+        assert all(parameter.help for parameter in info.params), info.name
 
 
 def test_generate_from_stdin_equals_the_options(opt_zoo: Runner, model: Path) -> None:

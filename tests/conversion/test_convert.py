@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -85,6 +86,68 @@ def test_a_target_with_files_is_kept_unless_overwriting_is_allowed(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
     convert(source, tmp_path, overwrite=True)
     assert (tmp_path / "note.txt").read_text() == "mine"
+
+
+def test_texts_of_a_former_model_go(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    for name in ("merges.txt", "generation_config.json", "note.txt"):
+        (target / name).write_text("former")
+    (source / "vocab.json").write_text("{}")
+    convert(source, target, overwrite=True)
+    names = {path.name for path in target.iterdir()}
+    assert names == {"config.json", "model.safetensors", "note.txt", "vocab.json"}
+
+
+def test_a_full_disk_leaves_the_target_as_it_was(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source / "vocab.json").write_text("{}")
+    target = shutil.copytree(FORMATS / "post_norm" / "safetensors", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def full(path: Path, content: bytes) -> None:
+        if "vocab" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_bytes(content)
+
+    monkeypatch.setattr(sys.modules[convert.__module__], "atomic_write", full)
+    for folder in (target, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space left"):
+            convert(source, folder, overwrite=True)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_that_get_no_names_leave_the_target_as_it_was(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = shutil.copytree(FORMATS / "post_norm" / "safetensors", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+
+    def full(writer: CheckpointWriter) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(CheckpointWriter, "_commit", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert(source, target, overwrite=True)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+
+
+def test_names_of_targets(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="found an empty name"):
+        convert(source, "", overwrite=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert convert(source, "~/out").target == tmp_path / "out"
+
+
+def test_other_shapes_are_no_advice_for_another_call(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    config["ffn_dim"] *= 2
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as caught:
+        convert(source, tmp_path / "out")
+    assert "ignore_mismatched_sizes" not in str(caught.value)
 
 
 def test_in_place(source: Path) -> None:

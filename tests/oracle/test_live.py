@@ -92,8 +92,8 @@ def test_random_configurations(framework, random_jobs, random_expected, tmp_path
 def test_precision(dtype, random_jobs, tmp_path):
     """No backend is further from the float64 specification than the reference in the same dtype.
 
-    As the root mean square over all real tokens of all models, which rounding luck moves by 1 %; the
-    specification runs on the weights as the dtype holds them.
+    As the root mean square over all real tokens of all models, which rounding luck moves by one or
+    two per cent; the specification runs on the weights as the dtype holds them.
     """
     jobs = [replace(job, dtype=dtype, new_tokens=0) for job in random_jobs]
     truth = [exact_logits(job) for job in jobs]
