@@ -131,7 +131,7 @@ class OPTConfig:
         use_cache: bool = True,
         pad_token_id: int | None = 1,
         bos_token_id: int | None = 2,
-        eos_token_id: int | list[int] | None = 2,
+        eos_token_id: int | list[int] | tuple[int, ...] | None = 2,
         enable_bias: bool = True,
         layer_norm_elementwise_affine: bool = True,
         **kwargs: Any,
@@ -155,7 +155,7 @@ class OPTConfig:
         self.use_cache = use_cache
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
+        self.eos_token_id = list(eos_token_id) if isinstance(eos_token_id, tuple) else eos_token_id
         self.enable_bias = enable_bias
         self.layer_norm_elementwise_affine = layer_norm_elementwise_affine
         self._set_common(kwargs)
@@ -303,7 +303,8 @@ class OPTConfig:
             "tf_legacy_loss": self.tf_legacy_loss,
         }
         common = {key: value for key, value in common.items() if value != _COMMON_DEFAULTS[key]}
-        if self.id2label != {0: "LABEL_0", 1: "LABEL_1"}:
+        labels = ["LABEL_0", "LABEL_1"]
+        if self.id2label != dict(enumerate(labels)) or [*self.label2id] != labels:
             common["id2label"] = {str(key): label for key, label in self.id2label.items()}
             common["label2id"] = dict(self.label2id)
         own = {name: getattr(self, name) for name in _OWN_FIELDS}

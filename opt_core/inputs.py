@@ -24,6 +24,7 @@ def check_call(
     head_mask: Shape | None,
     past_length: int | None,
     capacity: int | None,
+    cached_layers: int | None,
 ) -> None:
     """Checks that the arguments of a call fit each other and the model.
 
@@ -31,10 +32,15 @@ def check_call(
         input_ids .. head_mask: the arguments' shapes; None where not given.
         past_length: cached columns in use; None if not known while tracing.
         capacity: the columns of a fixed cache; None without one.
+        cached_layers: the layers of the cache; None without one.
 
     Raises:
         InputError: says what was expected and what was found.
     """
+    if cached_layers not in (None, config.num_hidden_layers):
+        raise InputError(
+            f"past_key_values: expected {config.num_hidden_layers} layers, found {cached_layers}."
+        )
     if input_ids is not None and inputs_embeds is not None:
         raise InputError(
             "You cannot specify both decoder_input_ids and decoder_inputs_embeds at the same time "

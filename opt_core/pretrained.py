@@ -15,7 +15,7 @@ import numpy as np
 
 from opt_core.checkpoints import CheckpointReader, CheckpointWriter, TensorInfo
 from opt_core.config import CONFIG_NAME, FIELDS, OPTConfig
-from opt_core.errors import InputError
+from opt_core.errors import InputError, UnsupportedError
 from opt_core.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from opt_core.hub import resolve
 from opt_core.loading import LoadReport, Source, match, resolve_dtype
@@ -139,6 +139,7 @@ def save_pretrained(
     tensors: Iterable[tuple[Param, np.dtype[Any], Callable[[], np.ndarray]]],
     *,
     max_shard_size: int | str = "5GB",
+    safe_serialization: bool = True,
 ) -> None:
     """Writes a model in the one canonical spelling, whatever framework it comes from.
 
@@ -147,12 +148,19 @@ def save_pretrained(
         tensors: each parameter in table order, its dtype, and a function that gives its values in
             canonical layout; called one at a time.
         max_shard_size: bytes, or such as "5GB"; a larger model is written as shards with an index.
+        safe_serialization: True, as in code written for transformers.
 
     Raises:
+        UnsupportedError: not `safe_serialization`: PyTorch's pickles are read but not written.
         InputError: a size that cannot be read.
         OSError: the directory cannot be written; what was there before stays.
     """
     directory = Path(directory)
+    if not safe_serialization:
+        raise UnsupportedError(
+            "safe_serialization=False asks for pytorch_model.bin, which this release does not write: "
+            "leave it out, and model.safetensors is written."
+        )
     rows = list(tensors)
     infos = [
         TensorInfo(param.name, dtype, param.shape, directory / "model.safetensors")

@@ -236,6 +236,7 @@ class OPTDecoder(nn.Module):
             head_mask=None if head_mask is None else head_mask.shape,
             past_length=int(past_length) if is_readable(past_length) else None,
             capacity=None if past is None or past.length is None else past.capacity,
+            cached_layers=None if past is None else len(past),
         )
         # The values can be looked at only where nothing is traced and no device is waited for.
         if input_ids is not None and is_readable(input_ids) and input_ids.size:

@@ -168,6 +168,7 @@ class FlaxOPTPreTrainedModel:
         params: Mapping[str, Any] | None = None,
         *,
         max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
     ) -> None:
         """Writes config, generation config and canonical safetensors into `directory`.
 
@@ -175,6 +176,7 @@ class FlaxOPTPreTrainedModel:
             directory: made if need be.
             params: the parameters to write instead of `self.params`.
             max_shard_size: bytes, or such as "5GB".
+            safe_serialization: True, as in code written for transformers.
         """
         params = check_params(self._given(params), self.config, self.architecture)
         tensors = canonical_arrays(params, self.config, self.architecture)
@@ -185,6 +187,7 @@ class FlaxOPTPreTrainedModel:
             self.architecture,
             tensors,
             max_shard_size=max_shard_size,
+            safe_serialization=safe_serialization,
         )
 
     def _given(self, params: Mapping[str, Any] | None) -> Mapping[str, Any]:

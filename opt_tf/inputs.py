@@ -114,6 +114,7 @@ def check_inputs(config: OPTConfig, inputs: Mapping[str, Any]) -> None:
         head_mask=_shape(inputs.get("head_mask")),
         past_length=0 if past is None else _known(past.used),
         capacity=_known(past.capacity) if fixed else None,
+        cached_layers=None if past is None else len(past),
     )
     # The values can be looked at only where that costs no synchronisation.
     if is_readable(input_ids):

@@ -189,6 +189,7 @@ class OPTDecoder(nn.Module):
             head_mask=None if head_mask is None else head_mask.shape,
             past_length=0 if past is None else past.used,
             capacity=None if past is None or past.length is None else past.capacity,
+            cached_layers=None if past is None else len(past),
         )
         # The values can be looked at only where that costs no graph break and no synchronisation.
         if input_ids is not None and is_readable(input_ids):

@@ -110,13 +110,18 @@ class OPTPreTrainedModel(nn.Module):
         return (model, pretrained.report.loading_info()) if output_loading_info else model
 
     def save_pretrained(
-        self, directory: str | os.PathLike[str], *, max_shard_size: int | str = "5GB"
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_shard_size: int | str = "5GB",
+        safe_serialization: bool = True,
     ) -> None:
         """Writes config, generation config and canonical safetensors into `directory`.
 
         Args:
             directory: made if need be.
             max_shard_size: bytes, or such as "5GB".
+            safe_serialization: True, as in code written for transformers.
         """
         tensors = canonical_arrays(self, self.config, self.architecture)
         save_pretrained(
@@ -126,4 +131,5 @@ class OPTPreTrainedModel(nn.Module):
             self.architecture,
             tensors,
             max_shard_size=max_shard_size,
+            safe_serialization=safe_serialization,
         )

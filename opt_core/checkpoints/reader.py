@@ -141,8 +141,13 @@ def _find(path: Path) -> Path:
     listing = ", ".join(present[:12]) + (", ..." if len(present) > 12 else "")
     raise CheckpointError(
         f"{path}: expected one of {', '.join(names)}; found {listing or 'an empty directory'}. "
-        "Give the directory that holds the weights, or the file itself."
+        f"Give the directory that holds the weights, or the file itself.{_hint(present)}"
     )
+
+
+def _hint(present: list[str]) -> str:
+    unread = [name for name in ("tf_model.h5", "flax_model.msgpack") if name in present]
+    return f" {' and '.join(unread)} cannot be read by this release." if unread else ""
 
 
 def _recognise(source: FileSource) -> Container:

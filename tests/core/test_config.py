@@ -248,3 +248,12 @@ def test_json_there_and_back(options: dict[str, Any]) -> None:
     assert again == config
     for name in options:
         assert getattr(again, name) == getattr(config, name)
+
+
+def test_what_callers_of_transformers_do() -> None:
+    config = OPTConfig(eos_token_id=(2, 3), label2id={"neg": 0, "pos": 1})
+    assert config.eos_token_id == [2, 3]
+    assert OPTConfig.from_dict(config.to_dict()) == config
+    assert OPTConfig.from_dict(config.to_dict()).label2id == {"neg": 0, "pos": 1}
+    config._name_or_path = "somewhere"  # as adapter libraries set it
+    assert config.name_or_path == "somewhere"

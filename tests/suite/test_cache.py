@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from opt_core import InputError
 from tests.backends.base import Array, Backend
 from tests.cases import case
 from tests.reference.model import forward
@@ -124,3 +125,11 @@ def test_embeddings_may_follow_a_cache(backend: Backend, models: Any) -> None:
     assert_close(
         found["logits"], expected, "embeddings", tolerance=TOLERANCES[backend.name, "float32"]
     )
+
+
+def test_a_cache_of_another_model_is_refused(backend: Backend, models: Any) -> None:
+    golden = case("pre_norm")
+    ids = golden.inputs("unpadded")["input_ids"]
+    pairs = backend.forward(models("pre_norm"), input_ids=ids)["raw"]["past_key_values"]
+    with pytest.raises(InputError, match="past_key_values: expected 3 layers, found 1"):
+        backend.forward(models("pre_norm"), input_ids=ids, past_key_values=tuple(pairs)[:1])

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from opt_core import InputError
+from opt_core import InputError, UnsupportedError
 from tests.backends.base import Backend
 from tests.cases import CASES, bits, case
 
@@ -97,3 +98,10 @@ def test_a_new_model_can_be_saved_and_loaded(backend: Backend, tmp_path: Path) -
     assert bits(backend.canonical_weights(backend.load(tmp_path))) == bits(
         backend.canonical_weights(model)
     )
+
+
+def test_pickles_are_not_written(backend: Backend, models: Any, tmp_path: Path) -> None:
+    backend.save(models("pre_norm"), tmp_path, safe_serialization=True)
+    with pytest.raises(UnsupportedError, match="asks for pytorch_model.bin"):
+        backend.save(models("pre_norm"), tmp_path / "other", safe_serialization=False)
+    assert not (tmp_path / "other").exists()
