@@ -84,7 +84,8 @@ def test_a_seed_out_of_range_is_refused_before_the_model_is_looked_for() -> None
 def test_the_worker_ends_with_the_command(name: str, tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
-        "import sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # under nohup it is ignored
         "from opt_zoo import processes, terminal\n"
         "from opt_zoo.worker import Request\n"
         # a worker that answers nothing for a minute, but for its own process id

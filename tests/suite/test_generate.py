@@ -17,9 +17,6 @@ SETTINGS = ("greedy", "eos", "eos_list", "min_length", "min_new_tokens", "repeti
 BATCH, LENGTH, STEPS, COPIES = 3, 7, 5, 2
 PAD = 1
 
-every_case = pytest.mark.parametrize("name", CASES)
-every_setting = pytest.mark.parametrize("setting", SETTINGS)
-
 
 def options(name: str, setting: str) -> dict[str, Any]:
     settings = case(name).facts["generation"][setting]["settings"]
@@ -39,8 +36,15 @@ def alone(name: str, setting: str, row: int) -> list[int]:
     return arrays[f"{start}/sequences"][0, arrays[f"{start}/input_ids"].shape[1] :].tolist()
 
 
-# The padded batches below hold every case and setting against the rows alone; compiling a loop for
-# each length of a single row, as here, is what takes time.
+# Settings do not depend on the architecture, and compiling a loop for each pair is what takes time.
+pairs = pytest.mark.parametrize(
+    ("name", "setting"),
+    [(name, "greedy") for name in CASES]
+    + [(name, setting) for name in ("pre_norm", "untied_gelu") for setting in SETTINGS[1:]],
+)
+
+
+# The padded batches below hold these rows too; here a loop is compiled for each length of a row.
 @pytest.mark.parametrize(
     ("name", "setting"),
     [(name, "greedy") for name in CASES] + [("pre_norm", setting) for setting in SETTINGS[1:]],
@@ -53,8 +57,7 @@ def test_each_row_alone(backend: Backend, models: Any, name: str, setting: str) 
         assert found[0, ids.shape[1] :].tolist() == alone(name, setting, row)
 
 
-@every_case
-@every_setting
+@pairs
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch(backend: Backend, models: Any, name: str, setting: str, side: str) -> None:
     """A row that ends early is filled with pads; the loop ends with the last row.
