@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs in a source tree, installed or not
 
-from opt_core.config import PRESETS, OPTConfig
+from opt_core.config import OPTConfig
 from opt_core.params import (
     AXES,
     CONVENTIONS,
@@ -20,6 +20,7 @@ from opt_core.params import (
     ParamSpec,
     num_parameters,
 )
+from opt_core.presets import PRESETS
 
 PAGE = Path(__file__).parent / "weights.md"
 

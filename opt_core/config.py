@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from opt_core.errors import ConfigError
 from opt_core.files import atomic_write
+from opt_core.presets import published_sizes
 from opt_core.validation import (
     Check,
     flag,
@@ -48,20 +49,6 @@ ACTIVATIONS = (
     "swish",
     "tanh",
 )
-
-#: layers, hidden size, heads, word embedding size (metaseq `opt_job_constants.py`); ffn is 4 x hidden.
-_PUBLISHED = {
-    "opt-125m": (12, 768, 12, 768),
-    "opt-350m": (24, 1024, 16, 512),
-    "opt-1.3b": (24, 2048, 32, 2048),
-    "opt-2.7b": (32, 2560, 32, 2560),
-    "opt-6.7b": (32, 4096, 32, 4096),
-    "opt-13b": (40, 5120, 40, 5120),
-    "opt-30b": (48, 7168, 56, 7168),
-    "opt-66b": (64, 9216, 72, 9216),
-    "opt-175b": (96, 12288, 96, 12288),
-}
-PRESETS = tuple(_PUBLISHED)
 
 
 @dataclasses.dataclass(init=False, eq=False, repr=False)
@@ -273,18 +260,7 @@ class OPTConfig:
         Raises:
             ConfigError: an unknown name.
         """
-        if name.removeprefix("facebook/") not in _PUBLISHED:
-            raise ConfigError(f"Unknown size {name!r}. The published ones: {', '.join(PRESETS)}.")
-        layers, hidden, heads, embed = _PUBLISHED[name.removeprefix("facebook/")]
-        sizes = {
-            "num_hidden_layers": layers,
-            "hidden_size": hidden,
-            "num_attention_heads": heads,
-            "word_embed_proj_dim": embed,
-            "ffn_dim": 4 * hidden,
-            "do_layer_norm_before": embed == hidden,  # only opt-350m normalises after
-        }
-        return cls(**{**sizes, **overrides})
+        return cls(**{**published_sizes(name), **overrides})
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy with `changes` applied."""

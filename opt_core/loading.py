@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from opt_core.checkpoints.tensors import LazyTensor, empty_aligned
-from opt_core.config import PRESETS, OPTConfig
+from opt_core.config import OPTConfig
 from opt_core.dialects import Dialect, recognise
 from opt_core.dtypes import dtype_name
 from opt_core.errors import CheckpointError
 from opt_core.params import ARCHITECTURES, TIED_HEAD_NAME, Param, param_table
+from opt_core.presets import PRESETS
 
 #: For who calls from Python: notes show in a traceback, and no command repeats them.
 _SHAPES = "With ignore_mismatched_sizes=True these keep their initial values."

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opt_core import ConfigError, OPTConfig
-from opt_core.config import ACTIVATIONS, PRESETS
+from opt_core.config import ACTIVATIONS
+from opt_core.presets import PRESETS
 from tests.cases import CASES, GOLDEN, case
 
 #: transformers 4.37.2, `configuration_opt.py:100-151`.

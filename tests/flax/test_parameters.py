@@ -16,8 +16,8 @@ from flax.core import freeze
 from flax.traverse_util import flatten_dict
 
 from opt_core import InputError, OPTConfig
-from opt_core.config import PRESETS
 from opt_core.params import param_table
+from opt_core.presets import PRESETS
 from opt_flax import FlaxOPTForCausalLM, FlaxOPTModel
 from tests.cases import CASES, GOLDEN, case
 

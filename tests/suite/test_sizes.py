@@ -8,8 +8,8 @@ import math
 import pytest
 
 from opt_core import OPTConfig
-from opt_core.config import PRESETS
 from opt_core.params import param_table
+from opt_core.presets import PRESETS
 from tests.backends.base import Backend
 from tests.cases import CASES, case
 
