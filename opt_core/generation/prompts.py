@@ -45,6 +45,12 @@ def check_seed(seed: int | None, noise: object) -> None:
         raise InputError(f"seed: expected a whole number from 0 to 2**32 - 1, found {seed!r}.")
 
 
+def check_noise(shape: Shape, expected: tuple[int, int, int]) -> None:
+    """Raises InputError unless the noise is [steps, rows, V]; more steps than needed may be given."""
+    if tuple(shape[1:]) != expected[1:] or (shape[0] or 0) < expected[0]:
+        raise InputError(f"noise: expected {expected}, found {tuple(shape)}.")
+
+
 def check_prompts(input_ids: np.ndarray, attention_mask: np.ndarray, config: OPTConfig) -> None:
     """Checks the values of prompts [B, T] and of their mask.
 

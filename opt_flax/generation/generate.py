@@ -17,6 +17,7 @@ from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.plan import DecodePlan, GenerationMode, make_plan
 from opt_core.generation.prompts import (
+    check_noise,
     check_prompt_shape,
     check_prompts,
     check_seed,
@@ -149,10 +150,7 @@ def _noise(
     shape = (rows, model.config.vocab_size)
     if noise is not None:
         noise = jnp.asarray(noise)
-        if tuple(noise.shape[1:]) != shape or len(noise) < plan.max_new_tokens:
-            raise InputError(
-                f"noise: expected {(plan.max_new_tokens, *shape)}, found {tuple(noise.shape)}."
-            )
+        check_noise(noise.shape, (plan.max_new_tokens, *shape))
         return None, noise
     if seed is not None and prng_key is not None:
         raise InputError("Give seed or prng_key, not both: each of them decides the sampling.")

@@ -14,11 +14,12 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core.config import OPTConfig
-from opt_core.errors import InputError, UnsupportedError
+from opt_core.errors import UnsupportedError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.plan import DecodePlan, GenerationMode, make_plan
 from opt_core.generation.processors import MinLength
 from opt_core.generation.prompts import (
+    check_noise,
     check_prompt_shape,
     check_prompts,
     check_seed,
@@ -171,9 +172,7 @@ def _randomness(
         return None, None
     if noise is not None:
         noise = tf.cast(noise, tf.float32)
-        expected = (plan.max_new_tokens, rows, model.config.vocab_size)
-        if tuple(noise.shape[1:]) != expected[1:] or noise.shape[0] < expected[0]:
-            raise InputError(f"noise: expected {expected}, found {tuple(noise.shape)}.")
+        check_noise(noise.shape, (plan.max_new_tokens, rows, model.config.vocab_size))
         return None, noise
     if seed is None:
         seed = int(tf.random.uniform((), maxval=2**62, dtype=tf.int64))

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.plan import DecodePlan, GenerationMode, make_plan
 from opt_core.generation.prompts import (
+    check_noise,
     check_prompt_shape,
     check_prompts,
     check_seed,
@@ -118,10 +118,7 @@ def _noise(
     shape = (rows, model.config.vocab_size)
     if noise is not None:
         noise = torch.as_tensor(noise, device=model.device)
-        if tuple(noise.shape[1:]) != shape or len(noise) < plan.max_new_tokens:
-            raise InputError(
-                f"noise: expected {(plan.max_new_tokens, *shape)}, found {tuple(noise.shape)}."
-            )
+        check_noise(noise.shape, (plan.max_new_tokens, *shape))
         return noise.__getitem__
     generator = torch.Generator(device=model.device)
     generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
