@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ from typing import Self
 from opt_core.checkpoints import CheckpointReader
 from opt_core.config import CONFIG_NAME, OPTConfig
 from opt_core.hub import resolve
+from opt_core.opening import find_config, open_weights
 from opt_core.params import ARCHITECTURES
 
 DEFAULT_ARCHITECTURE = "OPTForCausalLM"
@@ -55,8 +57,15 @@ class Checkpoint:
         self.reader.close()
 
 
-def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(
+    source: str | os.PathLike[str],
+    config: OPTConfig | str | os.PathLike[str] | None = None,
+) -> Checkpoint:
     """Opens a directory, a file of weights, an index of several, or a model of the hub.
+
+    Args:
+        source: where the weights are.
+        config: a configuration instead of the one beside them, or where to find one.
 
     Raises:
         HubError: nothing found under that name.
@@ -65,10 +74,10 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         FormatError: a damaged or unsafe file.
     """
     path = Path(source).expanduser()
-    if path.is_file():
-        directory = path.parent
-    else:
-        directory = path = resolve(source)
-    config_file = directory / CONFIG_NAME
-    config = OPTConfig.from_json_file(config_file) if config_file.is_file() else None
-    return Checkpoint(directory, config, CheckpointReader.open(path))
+    directory = path.parent if path.is_file() else resolve(source)
+    reader = open_weights(path if path.is_file() else directory)
+    with ExitStack() as undo:
+        undo.callback(reader.close)
+        found = find_config(config, directory, reader)
+        undo.pop_all()
+    return Checkpoint(directory, found, reader)

@@ -1,180 +1,145 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any readable checkpoint to canonical safetensors, with its configuration and tokenizer."""
+"""Any readable checkpoint to any format that can be written, with its configuration and tokenizer."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from conversion.checkpoint import Checkpoint, open_checkpoint
-from opt_core.checkpoints import CheckpointWriter, TensorInfo
-from opt_core.config import CONFIG_NAME, OPTConfig
-from opt_core.dtypes import MODEL_DTYPES, dtype_name
-from opt_core.errors import CheckpointError, ConfigError, InputError
-from opt_core.files import atomic_write, hidden_sibling
-from opt_core.hub import TEXT_FILES
-from opt_core.loading import Source, match
-from opt_core.params import param_table
-
-_COPIED = tuple(name for name in TEXT_FILES if name != CONFIG_NAME)
-
-#: Called after each tensor with the bytes written so far and the bytes of all.
-Progress = Callable[[int, int], None]
+from conversion.checkpoint import open_checkpoint
+from conversion.plan import COPIED, Plan, Work, make_plan
+from conversion.verify import check_written
+from opt_core.config import OPTConfig
+from opt_core.errors import InputError
+from opt_core.files import atomic_write
+from opt_core.formats import DEFAULT_FORMAT, find_format, shadows
+from opt_core.saving import Progress, write_weights
+from opt_core.staging import staged
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion wrote."""
+    """What a conversion wrote, as it was planned."""
 
     target: Path
-    architecture: str
-    assumption: str | None  # why the architecture is a guess; None where it is none
-    tensors: int
-    nbytes: int
-    copied: tuple[str, ...]  # tokenizer and generation files, by name
+    plan: Plan
+    verified: bool  # read back and found equal
+
+
+def plan(
+    source: str | os.PathLike[str],
+    *,
+    to: str = DEFAULT_FORMAT,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    architecture: str | None = None,
+    config: OPTConfig | str | os.PathLike[str] | None = None,
+) -> Plan:
+    """Says what `convert` with the same arguments would do; reads headers only, writes nothing."""
+    find_format(to)
+    with open_checkpoint(source, config) as checkpoint:
+        return make_plan(
+            checkpoint,
+            to,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            architecture=architecture,
+        ).plan
 
 
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
+    to: str = DEFAULT_FORMAT,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
+    architecture: str | None = None,
+    config: OPTConfig | str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    verify: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Conversion:
-    """Writes `source` into the directory `target` under the canonical names and in their layout.
+    """Writes `source` into the directory `target` in another format.
 
-    No more than one tensor is in memory at a time. Everything is written under hidden names first,
-    so a failure until then leaves `target` as it was; then the weights and the texts get their names
-    one by one, and tokenizer and generation files of a former model that `source` lacks go.
+    No more than one tensor is in memory at a time. The target appears whole or not at all: see
+    `opt_core.staging`.
 
     Args:
-        source: a directory, a file of weights with its config.json beside it, or a hub name.
+        source: a directory, a file of weights, an index of several, or a hub name.
         target: a directory, made if need be; `~` is the home directory.
+        to: a name of `opt_core.formats.FORMATS`.
         dtype: of the written tensors, such as "bfloat16"; None keeps each tensor's own.
         max_shard_size: bytes, or such as "5GB"; a larger model is written as shards with an index.
+        architecture: the class of model to write, by its name in PyTorch; None: the one that the
+            configuration names. Parameters of its head that the source lacks are left out and
+            reported, and so are those of another class's head.
+        config: a configuration instead of the source's own, or where to find one.
         overwrite: allows a target that is not empty.
-        progress: told of the bytes written after each tensor.
+        resume: after a failure keeps the files that are complete, and begins with those of an
+            earlier try.
+        verify: reads everything back, and compares it with the source, before the target appears.
+        progress: told of the bytes written while they are, and then of those read back.
 
     Raises:
         HubError: the source cannot be found.
         ConfigError: it has no valid config.json.
-        CheckpointError: its tensors do not fit the configuration, or a value does not fit `dtype`.
+        CheckpointError: its tensors do not fit the configuration, a value does not fit `dtype`, or
+            what was read back differs.
         FormatError: a damaged or unsafe file.
         InputError: a target that is not empty, or an option that makes no sense.
+        UnsupportedError: a library that the format needs is not installed.
+        OSError: as the system says, such as a full disk.
     """
     target = _checked_target(target, overwrite)
-    wanted = None if dtype is None else MODEL_DTYPES[dtype_name(dtype)]
-    with open_checkpoint(source) as checkpoint:
-        config, architecture = _config(checkpoint), checkpoint.architecture
-        sources = _sources(checkpoint, config, architecture)
-        infos = [
-            TensorInfo(name, wanted or s.tensor.dtype, s.shape, target)
-            for name, s in sources.items()
-        ]
-        total = sum(info.nbytes for info in infos)
-        done = 0
-        texts = {name: checkpoint.directory / name for name in _COPIED}
-        copies = {name: path.read_bytes() for name, path in texts.items() if path.is_file()}
-        written = config.replace(architectures=[architecture], torch_dtype=str(infos[0].dtype))
-        with (
-            _texts(target, {CONFIG_NAME: written.to_json_string().encode(), **copies}) as finish,
-            CheckpointWriter(target, infos, max_shard_size=max_shard_size) as writer,
-        ):
-            for info, array in zip(infos, _arrays(sources, wanted), strict=True):
-                writer.write(info.name, array)
-                done += info.nbytes
-                progress(done, total)
-            finish()
-        for name in _COPIED:
-            if name not in copies:
-                (target / name).unlink(missing_ok=True)
-        assumption = checkpoint.assumption
-    return Conversion(target, architecture, assumption, len(infos), total, tuple(copies))
+    layout = find_format(to).layout
+    with open_checkpoint(source, config) as checkpoint:
+        work = make_plan(
+            checkpoint,
+            to,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            architecture=architecture,
+        )
+        with staged(
+            target,
+            obsolete=lambda name: name in COPIED or shadows(layout, name),
+            plan=work.plan.fingerprint(),
+            resume=resume,
+        ) as folder:
+            _write(work, checkpoint.directory, folder, max_shard_size, progress)
+            if verify:
+                check_written(work, folder, progress)
+    return Conversion(target, work.plan, verify)
+
+
+def _write(
+    work: Work, directory: Path, folder: Path, max_shard_size: int | str, progress: Progress
+) -> None:
+    for name in work.plan.copied:
+        atomic_write(folder / name, (directory / name).read_bytes())
+    architecture = work.plan.architecture
+    dtype = str(work.outgoing[0].dtype)
+    work.config.replace(architectures=[architecture], torch_dtype=dtype).save_pretrained(folder)
+    write_weights(
+        folder,
+        work.outgoing,
+        find_format(work.plan.to),
+        architecture,
+        max_shard_size=max_shard_size,
+        progress=progress,
+    )
 
 
 def _checked_target(target: str | os.PathLike[str], overwrite: bool) -> Path:
     if not os.fspath(target):
         raise InputError("target: expected a directory to write into, found an empty name.")
-    target = Path(target).expanduser()
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    path = Path(target).expanduser()
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise InputError(
-            f"{target}: expected a new or empty directory, found files in it. Choose another, or "
+            f"{path}: expected a new or empty directory, found files in it. Choose another, or "
             "allow overwriting (overwrite=True, --overwrite)."
         )
-    return target
-
-
-def _config(checkpoint: Checkpoint) -> OPTConfig:
-    if checkpoint.config is None:
-        raise ConfigError(
-            f"{checkpoint.directory}: expected {CONFIG_NAME} beside the weights, found none. Put "
-            "the model's there: without it the tensors cannot be checked."
-        )
-    return checkpoint.config
-
-
-def _sources(checkpoint: Checkpoint, config: OPTConfig, architecture: str) -> dict[str, Source]:
-    """Where each parameter lies, in table order; all of them, and nothing beside them."""
-    sources, report = match(config, architecture, checkpoint.reader)
-    report.check(ignore_mismatched_sizes=False, tolerate=False, where=checkpoint.directory)
-    lost = (*report.missing_head, *report.other_heads)
-    if lost:
-        raise CheckpointError(
-            f"{checkpoint.directory}: expected the tensors of an {architecture} and no others, but "
-            f"{', '.join(lost)} is missing or of another class. Correct 'architectures' in "
-            f"{CONFIG_NAME}."
-        )
-    return {p.name: sources[p.name] for p in param_table(config, architecture)}
-
-
-def _arrays(sources: dict[str, Source], dtype: np.dtype[Any] | None) -> Iterator[NDArray[Any]]:
-    for name, source in sources.items():
-        array = source.read("torch")
-        yield array if dtype is None else _cast(name, array, dtype)
-
-
-def _cast(name: str, array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    if array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    if not np.isfinite(cast).all() and np.isfinite(array).all():
-        raise CheckpointError(
-            f"{name}: expected values that {dtype} can hold, found one of "
-            f"{float(np.abs(array).max()):g}. Choose bfloat16 or float32."
-        )
-    return cast
-
-
-@contextmanager
-def _texts(target: Path, contents: Mapping[str, bytes]) -> Iterator[Callable[[], None]]:
-    """Gives a function that writes files under hidden names; they get their own at a good end."""
-    hidden = {name: hidden_sibling(target / name) for name in contents}
-
-    def discard() -> None:
-        for path in hidden.values():
-            path.unlink(missing_ok=True)
-
-    def write() -> None:
-        try:
-            for name, content in contents.items():
-                atomic_write(hidden[name], content)
-        except BaseException:
-            discard()  # now, so that the writer can remove the directory that it made
-            raise
-
-    try:
-        yield write
-        for name, path in hidden.items():
-            os.replace(path, target / name)
-    finally:
-        discard()
+    return path

@@ -19,6 +19,7 @@ from opt_core.validation import (
     flag,
     non_negative,
     one_of,
+    optional,
     probability,
     token_id,
     token_ids,
@@ -101,6 +102,7 @@ class OPTConfig:
 
     def __init__(
         self,
+        /,  # a file may have an entry of any name, even "self"
         vocab_size: int = 50272,
         hidden_size: int = 768,
         num_hidden_layers: int = 12,
@@ -157,9 +159,11 @@ class OPTConfig:
         self.output_hidden_states = kwargs.pop("output_hidden_states", False)
         dtype = kwargs.pop("dtype", None)  # transformers 5 writes "dtype"
         dtype = kwargs.pop("torch_dtype", None) or dtype
-        self.torch_dtype = None if dtype is None else str(dtype).removeprefix("torch.")
-        architectures = kwargs.pop("architectures", None)
-        self.architectures = tuple(architectures) if architectures else None
+        self.torch_dtype = str(dtype).removeprefix("torch.") if dtype else None
+        architectures = kwargs.pop("architectures", None) or ()
+        if not isinstance(architectures, list | tuple):
+            raise ConfigError(f"architectures: expected a list, found {architectures!r}.")
+        self.architectures = tuple(architectures) or None
         self._set_labels(kwargs)
         self.problem_type = kwargs.pop("problem_type", None)
         self.tf_legacy_loss = kwargs.pop("tf_legacy_loss", False)
@@ -170,17 +174,18 @@ class OPTConfig:
     def _set_labels(self, kwargs: dict[str, Any]) -> None:
         id2label, label2id = kwargs.pop("id2label", None), kwargs.pop("label2id", None)
         num_labels = kwargs.pop("num_labels", None)
+        optional(whole(0, _MAX_LABELS))("num_labels", num_labels)
         if id2label is None:
             id2label = {i: f"LABEL_{i}" for i in range(2 if num_labels is None else num_labels)}
-        self.id2label = {
-            int(key): label for key, label in id2label.items()
-        }  # JSON keys are strings
+        self.id2label = _checked_labels(id2label)
         if num_labels is not None and num_labels != len(self.id2label):
             raise ConfigError(
                 f"num_labels={num_labels}, but id2label names {len(self.id2label)} labels. "
                 "Give one of the two, or make them agree."
             )
         self.label2id = label2id or {label: i for i, label in self.id2label.items()}
+        if not isinstance(self.label2id, Mapping):
+            raise ConfigError(f"label2id: expected names and their ids, found {label2id!r}.")
 
     def validate(self) -> None:
         """Checks every field, and the fields against each other; raises ConfigError."""
@@ -370,6 +375,17 @@ class OPTConfig:
         return f"OPTConfig {self.to_json_string()}"
 
 
+def _checked_labels(labels: Any) -> dict[int, str]:
+    """The names of labels by their ids, which JSON has as strings; raises ConfigError."""
+    try:
+        names = {int(key): label for key, label in dict(labels).items()}
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"id2label: expected ids and their names, found {labels!r}.") from error
+    if not all(isinstance(label, str | int) for label in names.values()):
+        raise ConfigError(f"id2label: expected a name for each id, found {labels!r}.")
+    return names
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a JSON file that must hold an object.
 
@@ -378,7 +394,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # digits or brackets without end, too
         raise ConfigError(f"{path} is not valid JSON: {error}. Fetch or write it again.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}.")
@@ -397,10 +413,11 @@ _COMMON_DEFAULTS: Mapping[str, Any] = {
     "problem_type": None,
     "tf_legacy_loss": False,
 }
+_MAX_LABELS = 100_000
 _CHECKS: Mapping[str, Check] = {
     "vocab_size": whole(1),
     "hidden_size": whole(1),
-    "num_hidden_layers": whole(0),
+    "num_hidden_layers": whole(0, 1000),  # ten times the largest: the parameter table is that long
     "ffn_dim": whole(1),
     "max_position_embeddings": whole(1),
     "word_embed_proj_dim": whole(1),

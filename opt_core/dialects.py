@@ -1,54 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
 """How checkpoints of different origin spell the parameter table, as data.
 
-A dialect is recognised by its names alone, and a name's last part (`weight`, `kernel`) says how the
-tensor is laid out; what a file's metadata claims about its framework is not consulted.
+A dialect is recognised by its names alone, and they say how the tensors are laid out; what a file's
+metadata claims about its framework is not consulted.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 from opt_core.errors import CheckpointError
-from opt_core.params import BASE_MODEL, CONVENTIONS, EMBEDDING_NAME, Param
+from opt_core.params import BASE_MODEL, CONVENTIONS, EMBEDDING_NAME, Kind, Param
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """One way to spell the table's names; `framework` gives the leaf names and the layout."""
+    """One way to spell the table's names.
 
-    name: str
+    Attributes:
+        framework: gives the layout, and the leaf names unless `leaves` does.
+        separator: between the parts of a name.
+        layer: the number of a layer -> how the list and the layer in it are spelt.
+        suffix: at the end of each name.
+        scopes: what the names of a file may all begin with, the usual first.
+        keeps_base: whether the names of a bare base model begin with `model` too.
+        roots: attribute of a model -> its spelling, where that is another.
+        leaves: kind, or name of a module -> leaf names, the usual first.
+        modules: name of a module in its parent -> an older name of the module.
+        dropped: patterns of names that are left out on purpose.
+    """
+
     framework: str
     separator: str = "."
-    layer_separator: str = "."  # in `layers.0`
+    layer: Callable[[int], str] = "layers.{}".format
     suffix: str = ""
-    leaves: Mapping[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # module -> other leaf names
-    modules: Mapping[str, str] = field(default_factory=dict)  # module -> older name of the module
-    dropped: tuple[str, ...] = ()  # patterns of names that are left out on purpose
+    scopes: tuple[str, ...] = ("",)
+    keeps_base: bool = False
+    roots: Mapping[str, str] = field(default_factory=dict)
+    leaves: Mapping[Kind | str, tuple[str, ...]] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+
+    def name(self, param: Param, architecture: str) -> str:
+        """The name under which a file of a model of that class stores the parameter."""
+        whole, *others = self.spellings(param)
+        bare = param.in_base_model and architecture == "OPTModel" and not self.keeps_base
+        return others[0] if bare else whole
 
     def spellings(self, param: Param) -> tuple[str, ...]:
         """Every name under which this dialect's files have stored the parameter, usual one first.
 
-        Files of a bare base model lack the leading `model`.
+        Each is followed by that without the leading `model`, as files of a bare base model have it.
         """
         *parents, last = param.module.split(".")
-        leaf = CONVENTIONS[self.framework][param.spec.kind].leaf
-        leaves = self.leaves.get(last, (leaf,))
-        names = [(last, name) for name in leaves]
-        if ".".join([*parents[-1:], last]) in self.modules:
-            names.append((self.modules[".".join([*parents[-1:], last])], leaf))
-        prefixes = (parents, parents[1:]) if parents[:1] == [BASE_MODEL] else (parents,)
-        return tuple(self._join([*prefix, *name]) for name in names for prefix in prefixes)
+        kind = param.spec.kind
+        leaf = CONVENTIONS[self.framework][kind].leaf
+        leaves = self.leaves.get(last, self.leaves.get(kind, (leaf,)))
+        ends = [(last, name) for name in leaves]
+        older = self.modules.get(".".join([*parents[-1:], last]))
+        if older is not None:
+            ends.append((older, leaf))
+        starts = (parents, parents[1:]) if param.in_base_model else (parents,)
+        return tuple(
+            scope + self._join([*start, *end])
+            for scope, end, start in product(self.scopes, ends, starts)
+        )
 
     def _join(self, parts: list[str]) -> str:
-        name = self.separator.join(parts) + self.suffix
-        return re.sub(
-            rf"layers{re.escape(self.separator)}(\d+)", rf"layers{self.layer_separator}\1", name
-        )
+        root = self.roots.get(parts[0], parts[0])
+        name = self.separator.join([root, *parts[1:]]) + self.suffix
+        layers = rf"layers{re.escape(self.separator)}(\d+)"
+        return re.sub(layers, lambda match: self.layer(int(match[1])), name)
 
     def transposed(self, param: Param) -> bool:
         """Whether the tensor is stored transposed with respect to the canonical layout."""
@@ -58,10 +83,14 @@ class Dialect:
         return any(re.fullmatch(pattern, name) for pattern in self.dropped)
 
 
-DIALECTS = (
-    Dialect(
-        "pt",
+def _keras_layer(number: int) -> str:
+    return f"layers/opt_decoder_layer_{number}" if number else "layers/opt_decoder_layer"
+
+
+DIALECTS = {
+    "pt": Dialect(
         "torch",
+        keeps_base=True,
         modules={  # names of the first conversions from metaseq
             "decoder.project_in": "project_in_dim",
             "decoder.project_out": "project_out_dim",
@@ -69,18 +98,36 @@ DIALECTS = (
         },
         dropped=(r"(model\.)?decoder\.version", r"(model\.)?decoder\.output_projection\.weight"),
     ),
-    Dialect(
-        "tf",
+    "tf": Dialect(
         "tf",
         separator="/",
         suffix=":0",
+        keeps_base=True,
         leaves={  # files from before transformers 4.34 name the position table's leaf "weight"
             "embed_tokens": ("weight",),
             "embed_positions": ("embeddings", "weight"),
         },
     ),
-    Dialect("flax", "flax"),
-)
+    "flax": Dialect("flax", scopes=("", "params.")),
+    "keras": Dialect(  # the files of `save_weights`: classes of layers, not their names
+        "tf",
+        separator="/",
+        layer=_keras_layer,
+        roots={
+            BASE_MODEL: "layers/tfopt_model",
+            "lm_head": "layers/linear",
+            "score": "layers/linear",
+            "qa_outputs": "layers/linear",
+        },
+        leaves={
+            Kind.LINEAR: ("vars/0",),
+            Kind.BIAS: ("vars/1",),
+            Kind.EMBEDDING: ("vars/0",),
+            Kind.NORM_SCALE: ("vars/0",),
+            Kind.NORM_BIAS: ("vars/1",),
+        },
+    ),
+}
 
 
 def recognise(names: Iterable[str], embedding: Param) -> Dialect:
@@ -90,10 +137,10 @@ def recognise(names: Iterable[str], embedding: Param) -> Dialect:
         CheckpointError: no dialect spells the embedding so; says which names were looked for.
     """
     present = set(names)
-    for dialect in DIALECTS:
+    for dialect in DIALECTS.values():
         if present.intersection(dialect.spellings(embedding)):
             return dialect
-    looked_for = [dialect.spellings(embedding)[0] for dialect in DIALECTS]
+    looked_for = [dialect.spellings(embedding)[0] for dialect in DIALECTS.values()]
     raise CheckpointError(
         f"No OPT checkpoint: expected the token embedding under one of {looked_for}, found "
         f"{sorted(present)[:5] or 'no tensors'}. Is it a checkpoint of another model? "

@@ -6,14 +6,17 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
 from opt_core.errors import FormatError
 
 JSON_LIMIT = 100_000_000
 """Bytes: no configuration, index or header of a real model comes near this."""
+
+_MAX_NAME = 255  # bytes: where most systems end
 
 
 def hidden_sibling(path: Path) -> Path:
@@ -36,6 +39,26 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def plain_name(name: Any) -> bool:
+    """Whether `name` is the name of a file on any system: no path, no drive, not empty or endless."""
+    return (
+        isinstance(name, str)
+        and len(name.encode(errors="replace")) <= _MAX_NAME
+        and name not in ("", ".", "..")
+        and "\0" not in name
+        and PurePosixPath(name).name == name
+        and PureWindowsPath(name).name == name
+    )
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:

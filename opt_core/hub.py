@@ -51,6 +51,7 @@ def resolve(
     local_files_only: bool = False,
     force_download: bool = False,
     weights: bool = True,
+    prefer: str | None = None,
 ) -> Path:
     """Return the directory with a model's files, fetched from the hub unless it is a local one.
 

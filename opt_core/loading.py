@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from opt_core.checkpoints.tensors import LazyTensor, empty_aligned
+from opt_core.checkpoints.tensors import BLOCK, LazyTensor, empty_aligned
 from opt_core.config import OPTConfig
 from opt_core.dialects import Dialect, recognise
 from opt_core.dtypes import dtype_name
@@ -45,6 +45,20 @@ class Source:
         """As `read`, but a view on the file where it already holds the framework's layout."""
         return self.read(framework) if self._turns(framework) else self.tensor.map()
 
+    def blocks(self, transposed: bool, dtype: np.dtype[Any] | None = None) -> Iterator[np.ndarray]:
+        """The values in C order in arrays of a few megabytes, for a file with matrices so laid out.
+
+        Args:
+            transposed: whether that file's layout is transposed with respect to the canonical one.
+            dtype: to cast to; None keeps the source's.
+
+        Raises:
+            CheckpointError: a value that `dtype` cannot hold.
+        """
+        turns = self.transposed != transposed
+        for block in transposed_blocks(self.tensor.read()) if turns else self.tensor.blocks():
+            yield block if dtype is None else cast(block, dtype, self.param.name)
+
     def _turns(self, framework: str) -> bool:
         return self.transposed != self.param.transposed(framework)
 
@@ -61,6 +75,27 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
     return out
 
 
+def transposed_blocks(matrix: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows of the transposed matrix, as many at a time as make a block."""
+    step = max(1, BLOCK // max(1, len(matrix) * matrix.itemsize))
+    for start in range(0, matrix.shape[1], step):
+        yield transpose(matrix[:, start : start + step])
+
+
+def cast(array: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
+    """The values in another dtype; raises CheckpointError for one that it cannot hold."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if not np.isfinite(result).all() and np.isfinite(array).all():
+        raise CheckpointError(
+            f"{name}: expected values that {dtype} can hold, found one of "
+            f"{float(np.abs(array).max()):g}. Choose bfloat16 or float32."
+        )
+    return result
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What a checkpoint lacks, has beyond the table, or has in another shape; canonical names."""
@@ -72,10 +107,13 @@ class LoadReport:
     mismatched: tuple[str, ...] = ()  # one explanation each
     mismatched_names: tuple[str, ...] = ()
 
-    def check(self, *, ignore_mismatched_sizes: bool, tolerate: bool, where: object) -> None:
-        """Raises about what cannot be loaded, warns about a head that starts anew.
+    def check(
+        self, *, where: object, ignore_mismatched_sizes: bool = False, tolerate: bool = False
+    ) -> None:
+        """Raises about what cannot be loaded; a head that is missing is no error.
 
         Args:
+            where: what the messages call the checkpoint.
             ignore_mismatched_sizes: tensors of another shape keep their initial values.
             tolerate: the caller takes the report itself; only shapes are still an error.
 
@@ -107,6 +145,9 @@ class LoadReport:
             )
             error.add_note(_REPORTS)
             raise error
+
+    def warn_of_new_head(self, where: object) -> None:
+        """Says which parameters of a head start anew, if any do."""
         if self.missing_head:
             warnings.warn(
                 f"{where} has no {', '.join(self.missing_head)}: initialised anew. Train the model "

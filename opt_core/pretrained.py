@@ -8,31 +8,35 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from opt_core.checkpoints import CheckpointReader, CheckpointWriter, TensorInfo
+from opt_core.checkpoints import CheckpointReader, LazyTensor
 from opt_core.config import CONFIG_NAME, FIELDS, OPTConfig
-from opt_core.errors import InputError, UnsupportedError
+from opt_core.errors import ConfigError, InputError
+from opt_core.formats import DEFAULT_FORMAT, FORMATS, shadows
 from opt_core.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from opt_core.hub import resolve
 from opt_core.loading import LoadReport, Source, match, resolve_dtype
+from opt_core.opening import find_config, open_weights
 from opt_core.params import Param
+from opt_core.saving import Outgoing, write_weights
+from opt_core.staging import staged
 
 #: Where a model is looked for; arguments of `opt_core.hub.resolve`.
 HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
-#: Accepted from code written for transformers, and without effect: loading is always lazy, safe
-#: formats come first, and a file's own names tell which framework wrote it.
+#: Of several kinds of weights in one place, those of that framework are taken. What a file holds is
+#: told by its names, so that each is read without these.
+PREFERRED = {"from_pt": "pt", "from_tf": "tf", "from_flax": "flax"}
+#: Accepted from code written for transformers, and without effect: loading is always lazy, and safe.
 HINTS = (
     "low_cpu_mem_usage",
     "use_safetensors",
     "trust_remote_code",
     "resume_download",
-    "from_pt",
-    "from_tf",
-    "from_flax",
 )
 
 
@@ -79,7 +83,8 @@ def open_pretrained(
         ignore_mismatched_sizes: tensors of another shape keep their initial values.
         output_loading_info: the caller takes the report of missing and unexpected tensors itself.
         options: where to look (revision, subfolder, token, cache_dir, local_files_only,
-            force_download), and fields of the configuration to override.
+            force_download), which files to take where there are several (from_pt, from_tf,
+            from_flax), and fields of the configuration to override.
 
     Raises:
         HubError: nothing found under that name.
@@ -89,18 +94,25 @@ def open_pretrained(
         FormatError: a damaged or unsafe file.
     """
     hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+    prefer = next((name for hint, name in PREFERRED.items() if options.pop(hint, False)), None)
     for hint in HINTS:
         options.pop(hint, None)
-    directory = resolve(name_or_path, **hub)
-    config = _config(name_or_path, directory, config, options)
+    _check_overrides(options)
+    directory = resolve(name_or_path, prefer=prefer, **hub)
     with ExitStack() as stack:  # closes the files if the checkpoint does not fit
-        reader = stack.enter_context(CheckpointReader.open(directory))
+        reader = stack.enter_context(open_weights(directory, prefer))
+        options["_name_or_path"] = str(name_or_path)
+        config = find_config(config, directory, reader, **options)
+        if config is None:
+            raise ConfigError(f"{directory} holds no {CONFIG_NAME}. Is it a model directory?")
         sources, report = match(config, architecture, reader)
         report.check(
+            where=name_or_path,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             tolerate=output_loading_info,
-            where=name_or_path,
         )
+        if not output_loading_info:
+            report.warn_of_new_head(name_or_path)
         name = resolve_dtype(dtype if torch_dtype is None else torch_dtype, config, reader)
         stack.pop_all()
     config.torch_dtype = name
@@ -110,25 +122,13 @@ def open_pretrained(
     return Pretrained(config, generation_config, name, reader, sources, report)
 
 
-def _config(
-    name_or_path: str | os.PathLike[str],
-    directory: Path,
-    config: OPTConfig | str | os.PathLike[str] | None,
-    overrides: dict[str, Any],
-) -> OPTConfig:
+def _check_overrides(overrides: dict[str, Any]) -> None:
     for name in overrides:
         if name not in (*FIELDS, "num_labels"):
             known = [*FIELDS, *HUB_OPTIONS, "dtype", "num_labels", "attn_implementation"]
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise InputError(f"from_pretrained has no option {name!r}.{hint}")
-    overrides = {"_name_or_path": str(name_or_path), **overrides}
-    if isinstance(config, OPTConfig):
-        return config.replace(**overrides)
-    source = directory if config is None else config
-    if Path(source).is_file():
-        return OPTConfig.from_json_file(source, **overrides)
-    return OPTConfig.from_pretrained(source, **overrides)
 
 
 def save_pretrained(
@@ -138,6 +138,7 @@ def save_pretrained(
     architecture: str,
     tensors: Iterable[tuple[Param, np.dtype[Any], Callable[[], np.ndarray]]],
     *,
+    own_format: str,
     max_shard_size: int | str = "5GB",
     safe_serialization: bool = True,
 ) -> None:
@@ -147,31 +148,28 @@ def save_pretrained(
         directory: made if need be; a former checkpoint in it is replaced when all is written.
         tensors: each parameter in table order, its dtype, and a function that gives its values in
             canonical layout; called one at a time.
+        own_format: the framework's own format, written if not `safe_serialization`.
         max_shard_size: bytes, or such as "5GB"; a larger model is written as shards with an index.
-        safe_serialization: True, as in code written for transformers.
+        safe_serialization: safetensors, which every framework here reads.
 
     Raises:
-        UnsupportedError: not `safe_serialization`: PyTorch's pickles are read but not written.
         InputError: a size that cannot be read.
         OSError: the directory cannot be written; what was there before stays.
     """
     directory = Path(directory)
-    if not safe_serialization:
-        raise UnsupportedError(
-            "safe_serialization=False asks for pytorch_model.bin, which this release does not write: "
-            "leave it out, and model.safetensors is written."
-        )
-    rows = list(tensors)
-    infos = [
-        TensorInfo(param.name, dtype, param.shape, directory / "model.safetensors")
-        for param, dtype, _ in rows
+    format = FORMATS[DEFAULT_FORMAT if safe_serialization else own_format]
+    outgoing = [
+        Outgoing(param, dtype, partial(_in_memory, param, read)) for param, dtype, read in tensors
     ]
-    with CheckpointWriter(directory, infos, max_shard_size=max_shard_size) as writer:
-        for param, _, read in rows:
-            writer.write(param.name, read())
-    dtype = str(rows[0][1])
-    config.replace(architectures=[architecture], torch_dtype=dtype).save_pretrained(directory)
-    generation_config.save_pretrained(directory)
+    dtype = str(outgoing[0].dtype)
+    with staged(directory, obsolete=partial(shadows, format.layout)) as folder:
+        write_weights(folder, outgoing, format, architecture, max_shard_size=max_shard_size)
+        config.replace(architectures=[architecture], torch_dtype=dtype).save_pretrained(folder)
+        generation_config.save_pretrained(folder)
+
+
+def _in_memory(param: Param, read: Callable[[], np.ndarray]) -> Source:
+    return Source(param, LazyTensor.from_array(param.name, read()), transposed=False)
 
 
 __all__ = ["CONFIG_NAME", "Pretrained", "open_pretrained", "save_pretrained"]

@@ -33,11 +33,12 @@ def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def whole(minimum: int) -> Check:
-    """A whole number from `minimum` on."""
+def whole(minimum: int, maximum: float = math.inf) -> Check:
+    """A whole number from `minimum` on, up to `maximum`."""
+    end = "on" if maximum == math.inf else f"to {maximum}"
     return _check(
-        lambda value: _is_whole(value) and _lies(value, minimum, math.inf),
-        f"a whole number from {minimum} on",
+        lambda value: _is_whole(value) and _lies(value, minimum, maximum),
+        f"a whole number from {minimum} {end}",
     )
 
 

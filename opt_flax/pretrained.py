@@ -176,7 +176,7 @@ class FlaxOPTPreTrainedModel:
             directory: made if need be.
             params: the parameters to write instead of `self.params`.
             max_shard_size: bytes, or such as "5GB".
-            safe_serialization: True, as in code written for transformers.
+            safe_serialization: if False, flax_model.msgpack is written instead of safetensors.
         """
         params = check_params(self._given(params), self.config, self.architecture)
         tensors = canonical_arrays(params, self.config, self.architecture)
@@ -186,6 +186,7 @@ class FlaxOPTPreTrainedModel:
             self.generation_config,
             self.architecture,
             tensors,
+            own_format="msgpack",
             max_shard_size=max_shard_size,
             safe_serialization=safe_serialization,
         )

@@ -139,7 +139,7 @@ class TFOPTPreTrainedModel(keras.Model):
         Args:
             directory: made if need be.
             max_shard_size: bytes, or such as "5GB".
-            safe_serialization: True, as in code written for transformers.
+            safe_serialization: if False, tf_model.h5 is written instead of safetensors.
         """
         tensors = canonical_arrays(self, self.config, self.architecture)
         save_pretrained(
@@ -148,6 +148,7 @@ class TFOPTPreTrainedModel(keras.Model):
             self.generation_config,
             self.architecture,
             tensors,
+            own_format="h5",
             max_shard_size=max_shard_size,
             safe_serialization=safe_serialization,
         )

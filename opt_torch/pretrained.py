@@ -121,7 +121,7 @@ class OPTPreTrainedModel(nn.Module):
         Args:
             directory: made if need be.
             max_shard_size: bytes, or such as "5GB".
-            safe_serialization: True, as in code written for transformers.
+            safe_serialization: if False, pytorch_model.bin is written instead of safetensors.
         """
         tensors = canonical_arrays(self, self.config, self.architecture)
         save_pretrained(
@@ -130,6 +130,7 @@ class OPTPreTrainedModel(nn.Module):
             self.generation_config,
             self.architecture,
             tensors,
+            own_format="bin",
             max_shard_size=max_shard_size,
             safe_serialization=safe_serialization,
         )

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands; their options are in `options.py`, and what they do is elsewhere."""
+"""The command, and those of its parts that run models; `files.py` has the others."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -11,22 +10,20 @@ from typing import Annotated
 
 import typer
 
-import conversion
 from opt_core import __version__
 from opt_core.assets import TINY_SUMS
-from opt_core.errors import ConfigError, FormatError, OPTError, UnsupportedError
+from opt_core.errors import OPTError
 from opt_core.generation.prompts import check_seed
 from opt_zoo import accuracy as accuracies
 from opt_zoo import demo as demos
 from opt_zoo import options, processes, render
-from opt_zoo.backends import BACKENDS, Framework
-from opt_zoo.inspection import inspect_checkpoint
+from opt_zoo.backends import BACKENDS
+from opt_zoo.files import DIFFERENT, convert, inspect, verify
 from opt_zoo.prompts import Prompts
-from opt_zoo.terminal import bytes_progress, out, prepare, say, worker_progress
+from opt_zoo.terminal import out, prepare, say, worker_progress
 from opt_zoo.worker import Request
 
-DIFFERENT = 1  # exit codes
-ERROR = 2
+ERROR = 2  # exit code
 
 app = typer.Typer(
     name="opt-zoo",
@@ -76,7 +73,7 @@ def demo(
     Exits with 1 if the frameworks' tokens differ. By default one that is not installed is named and
     left out.
     """
-    names = _chosen(framework)
+    names = options.frameworks(framework)
     prompts = Prompts.encode(model, prompt or demos.DEFAULT_PROMPTS)
     answers = []
     for name in names:
@@ -131,7 +128,7 @@ def generate(
         "seed": seed,
     }
     given = {name: value for name, value in chosen.items() if value is not None}
-    (name,) = _chosen([framework])
+    (name,) = options.frameworks([framework])
     prompts = Prompts.encode(model, prompt or _lines_of_stdin())
     request = Request(name, str(prompts.directory), prompts.inputs, given, dtype=dtype)
     with worker_progress(BACKENDS[name].title) as on_event:
@@ -160,50 +157,10 @@ def _print_continuations(
 
 
 @app.command()
-def inspect(path: options.Path, as_json: options.AsJson = False) -> None:
-    """Show what a checkpoint holds, and what is missing; of its weights reads headers only.
-
-    Exits with 1 if a file is damaged or the tensors do not fit the configuration.
-    """
-    try:
-        found = inspect_checkpoint(path)
-    except (FormatError, ConfigError) as error:
-        say(f"damaged: {error}", style="red")
-        raise typer.Exit(DIFFERENT) from error
-    if as_json:
-        print(json.dumps({**dataclasses.asdict(found), "fits": found.fits}, indent=2))
-    else:
-        out.print(render.inspection(found))
-    if not found.fits:
-        raise typer.Exit(DIFFERENT)
-
-
-@app.command()
-def convert(
-    source: options.Source,
-    target: options.Target,
-    dtype: options.TargetDtype = None,
-    max_shard_size: options.MaxShardSize = "5GB",
-    overwrite: options.Overwrite = False,
-) -> None:
-    """Write any readable checkpoint as canonical safetensors, one tensor in memory at a time."""
-    with bytes_progress("converting") as progress:
-        done = conversion.convert(
-            source,
-            target,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    print(render.conversion(done))
-
-
-@app.command()
 def accuracy(framework: options.Frameworks = None, as_json: options.AsJson = False) -> None:
     """Let the embedded model answer every held-out sum and difference in each framework."""
     shares: dict[str, float] = {}
-    for name in _chosen(framework):
+    for name in options.frameworks(framework):
         with worker_progress(BACKENDS[name].title) as on_event:
             shares[name] = accuracies.accuracy(name, on_event)
         if not as_json:
@@ -215,16 +172,5 @@ def accuracy(framework: options.Frameworks = None, as_json: options.AsJson = Fal
         raise typer.Exit(DIFFERENT)
 
 
-def _chosen(wanted: Sequence[Framework] | None) -> list[Framework]:
-    """The frameworks asked for; else all that are installed, the others named on stderr.
-
-    Raises UnsupportedError where one asked for is not installed, or none at all is.
-    """
-    names = list(dict.fromkeys(wanted or Framework))
-    missing = [name for name in names if BACKENDS[name].missing()]
-    advice = [BACKENDS[name].advice() for name in missing]
-    if advice and (wanted or len(missing) == len(names)):
-        raise UnsupportedError("\n".join(advice))
-    for line in advice:
-        say(line)
-    return [name for name in names if name not in missing]
+for command in (inspect, convert, verify):
+    app.command()(command)

@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import fields as fields_of
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opt_zoo import processes
 from opt_zoo.backends import Framework
+from opt_zoo.logits import largest_difference, run_greedily
 from opt_zoo.processes import OnEvent
 from opt_zoo.prompts import Prompts
-from opt_zoo.worker import Request
 
 #: Problems that the embedded model never saw in training.
 DEFAULT_PROMPTS = (
@@ -67,30 +64,23 @@ def answer(
     on_event: OnEvent = lambda event: None,
 ) -> Answer:
     """Lets one framework answer greedily, in a process of its own; raises OPTError."""
-    with tempfile.TemporaryDirectory() as folder:
-        logits_file = Path(folder) / "logits.npy"
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False}
-        request = Request(
-            framework,
-            str(prompts.directory),
-            prompts.inputs,
-            options,
-            dtype=dtype,
-            logits_file=str(logits_file),
-            repeat=True,
-        )
-        reply = processes.run(request, on_event)
-        logits = np.load(logits_file)[prompts.mask]
-    tokens = prompts.new_tokens(reply.sequences)
+    found = run_greedily(
+        framework,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        repeat=True,
+        on_event=on_event,
+    )
     return Answer(
         framework=framework,
-        texts=tuple(prompts.decode(tokens)),
-        tokens=tuple(map(tuple, tokens)),
-        logits=logits,
-        load_seconds=reply.seconds["load"],
-        first_seconds=reply.seconds["first run"],
-        best_seconds=reply.seconds["best run"],
-        peak_bytes=reply.peak_bytes,
+        texts=tuple(prompts.decode(found.tokens)),
+        tokens=found.tokens,
+        logits=found.logits,
+        load_seconds=found.reply.seconds["load"],
+        first_seconds=found.reply.seconds["first run"],
+        best_seconds=found.reply.seconds["best run"],
+        peak_bytes=found.reply.peak_bytes,
     )
 
 
@@ -98,17 +88,9 @@ def compare(answers: Sequence[Answer]) -> list[Difference]:
     """Every pair of answers."""
     differences = []
     for first, second in combinations(answers, 2):
-        absolute = float(np.abs(first.logits - second.logits).max())
-        largest = float(max(np.abs(first.logits).max(), np.abs(second.logits).max()))
-        differences.append(
-            Difference(
-                first.framework,
-                second.framework,
-                absolute,
-                absolute / largest if largest else absolute,
-                first.tokens == second.tokens,
-            )
-        )
+        absolute, relative = largest_difference(first.logits, second.logits)
+        same = first.tokens == second.tokens
+        differences.append(Difference(first.framework, second.framework, absolute, relative, same))
     return differences
 
 

@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from opt_core.assets import TINY_SUMS
 from opt_core.dtypes import MODEL_DTYPES
-from opt_zoo.backends import Framework
+from opt_core.errors import UnsupportedError
+from opt_core.formats import FORMATS
+from opt_core.params import ARCHITECTURES
+from opt_zoo.backends import BACKENDS, Framework
+from opt_zoo.terminal import say
 
 DTYPES = ", ".join(MODEL_DTYPES)
-SOURCE = "Directory, file of weights, or hub name (its weights are downloaded)."
+SOURCE = "Directory, file of weights, index of several, or hub name (its weights are downloaded)."
+TITLES = "; ".join(f"{name}: {format.title}" for name, format in FORMATS.items())
 
 Model = Annotated[str, typer.Option(help="Directory or hub name.", show_default=TINY_SUMS.name)]
 DemoPrompt = Annotated[
@@ -57,13 +63,75 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 
 Path = Annotated[str, typer.Argument(help=SOURCE)]
 Source = Annotated[str, typer.Argument(help=SOURCE)]
-Target = Annotated[str, typer.Argument(help="Directory to write into.")]
+Target = Annotated[
+    str, typer.Argument(help="Directory to write into; with --dry-run it is not looked at.")
+]
+To = Annotated[str, typer.Option("--to", metavar="FORMAT", help=f"{TITLES}.")]
 TargetDtype = Annotated[
     str | None, typer.Option("--dtype", help=f"{DTYPES}.", show_default="as stored")
 ]
 MaxShardSize = Annotated[
     str, typer.Option(help="Split the weights into files of at most this size.")
 ]
+Architecture = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Class of model to write: {', '.join(ARCHITECTURES)}. What it has no place for is "
+        "left out.",
+        show_default="as config.json says",
+    ),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        help="Configuration instead of the source's: a file, directory or hub name.",
+        show_default="beside the weights",
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the model that is in the target.")
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="After a failure keep the files that are complete; go on with them."
+    ),
+]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Read all back, and compare, before the target appears."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the plan, from headers alone; write nothing.")
+]
+
+First = Annotated[str, typer.Argument(metavar="A", help=SOURCE)]
+Second = Annotated[str, typer.Argument(metavar="B", help="What A is compared with.")]
+Logits = Annotated[
+    bool, typer.Option("--logits", help="Run both on prompts, too, and compare what they say.")
+]
+LogitsFrameworks = Annotated[
+    list[Framework] | None,
+    typer.Option(
+        "--framework", help="For --logits; may be repeated; default: all that are installed."
+    ),
+]
+LogitsPrompt = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="A text for --logits; may be repeated; default: three problems."),
+]
+
+
+def frameworks(wanted: Sequence[Framework] | None) -> list[Framework]:
+    """Those asked for; else all that are installed, the others named on stderr.
+
+    Raises UnsupportedError where one asked for is not installed, or none at all is.
+    """
+    names = list(dict.fromkeys(wanted or Framework))
+    missing = [name for name in names if BACKENDS[name].missing()]
+    advice = [BACKENDS[name].advice() for name in missing]
+    if advice and (wanted or len(missing) == len(names)):
+        raise UnsupportedError("\n".join(advice))
+    for line in advice:
+        say(line)
+    return [name for name in names if name not in missing]

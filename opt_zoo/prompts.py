@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,6 +38,11 @@ class Prompts:
         batch: dict[str, Any] = tokenizer(list(texts), padding=True)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         return cls(tuple(texts), directory, tokenizer, inputs, _eos_token_ids(directory))
+
+    def for_model(self, model: str | os.PathLike[str]) -> Self:
+        """The same tokens for another model, whose own tokenizer is not asked; raises OPTError."""
+        directory = resolve(model)
+        return replace(self, directory=directory, eos_token_ids=_eos_token_ids(directory))
 
     @property
     def mask(self) -> NDArray[np.bool_]:

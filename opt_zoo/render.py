@@ -9,26 +9,15 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from conversion import Conversion
+from conversion import Plan
+from conversion.text import plan_rows, printable, size
+from conversion.verify import TensorComparison
 from opt_zoo.backends import BACKENDS
 from opt_zoo.demo import Answer, Difference
-from opt_zoo.inspection import Inspection
+from opt_zoo.inspection import File, Inspection
+from opt_zoo.verification import LogitsComparison, Verification, relative_difference
 
-
-def printable(text: str, keep: str = "") -> str:
-    """The text with escapes for what a terminal would act on or not show, but for `keep`."""
-    return "".join(
-        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
-    )
-
-
-def size(nbytes: float) -> str:
-    """Bytes as people read them: 1.3 GB (10**9)."""
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"
+MOST_ROWS = 20  # of the tensors that differ
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -67,13 +56,9 @@ def answer_figures(answers: Sequence[Answer]) -> Table:
 
 
 def difference_figures(differences: Sequence[Difference]) -> Table:
-    """The largest difference of the logits, one pair a row."""
-    result = table("largest difference of logits", "absolute", "relative", "greedy tokens")
-    for d in differences:
-        names = f"{BACKENDS[d.first].title} - {BACKENDS[d.second].title}"
-        same = Text("equal", "green") if d.same_tokens else Text("DIFFERENT", "bold red")
-        result.add_row(names, f"{d.absolute:.1e}", f"{d.relative:.1e}", same)
-    return result
+    """The largest difference of the logits, one pair of frameworks a row."""
+    names = [f"{BACKENDS[d.first].title} - {BACKENDS[d.second].title}" for d in differences]
+    return _logits(names, differences)
 
 
 def demo_figures(answers: Sequence[Answer], differences: Sequence[Difference]) -> Group:
@@ -86,14 +71,14 @@ def demo_figures(answers: Sequence[Answer], differences: Sequence[Difference]) -
 
 def inspection(found: Inspection) -> RenderableType:
     """All of an inspection: files, configuration, tensors, and what does not fit."""
-    head = table("", "")
-    head.show_header = False
+    head = _pairs()
     head.add_row("directory", _plain(found.directory))
-    for name, nbytes in found.files.items():
-        head.add_row(found.format, _plain(f"{name}  {size(nbytes)}"))
+    for file in found.files:
+        head.add_row(found.container or "unknown", _file(file))
     dtypes = ", ".join(f"{count} {name}" for name, count in found.dtypes.items())
-    head.add_row("tensors", f"{len(found.tensors)} ({dtypes})")
+    head.add_row("tensors", f"{len(found.tensors)} ({dtypes or 'none'})")
     head.add_row("parameters", f"{found.num_parameters:,}")
+    head.add_row("names", found.dialect or "unknown")
     head.add_row("architecture", _plain(_guess(found.architecture or "unknown", found.assumption)))
     for name, value in (found.config or {}).items():
         head.add_row(name, _plain(str(value)))
@@ -103,15 +88,76 @@ def inspection(found: Inspection) -> RenderableType:
     return Group(head, "", tensors, "", *_verdict(found))
 
 
-def conversion(done: Conversion) -> str:
-    """One line about what was written."""
-    architecture = _guess(done.architecture, done.assumption)
-    target = printable(str(done.target))
-    return f"{target}: {done.tensors} tensors, {size(done.nbytes)}, {printable(architecture)}"
+def plan(planned: Plan) -> Table:
+    """What a conversion would do."""
+    result = _pairs()
+    for name, value in plan_rows(planned):
+        result.add_row(name, Text(value, overflow="fold"))
+    return result
+
+
+def verification(found: Verification) -> Group:
+    """The tensors that differ or that one checkpoint lacks, the logits, and a line that sums up."""
+    compared, different = found.tensors, found.different
+    parts: list[RenderableType] = []
+    if different:
+        parts += [_differences(different[:MOST_ROWS]), *_more(different), ""]
+    for where, names in (
+        (compared.first, compared.only_first),
+        (compared.second, compared.only_second),
+    ):
+        parts += [_plain(f"only in {where}: {name}", "red") for name in names[:MOST_ROWS]]
+        parts += _more(names)
+    if found.logits:
+        parts += [_logits([BACKENDS[f.framework].title for f in found.logits], found.logits), ""]
+    total = len(compared.tensors)
+    sum_up = f"{total - len(different)} of {total} tensors are bit-equal"
+    if found.passed and different:
+        sum_up += "; the others are in another dtype, and the tokens are the same"
+    return Group(*parts, Text(f"{sum_up}.", "green" if found.passed else ""))
+
+
+def _differences(tensors: Sequence[TensorComparison]) -> Table:
+    result = table("largest difference of tensor", "dtypes", "absolute", "relative")
+    for t in tensors:
+        dtypes = " / ".join(dict.fromkeys(t.dtypes))
+        row = (f"{t.difference:.1e}", f"{relative_difference(t):.1e}")
+        result.add_row(_plain(t.name), dtypes, *row)
+    return result
+
+
+def _logits(names: Sequence[str], found: Sequence[Difference | LogitsComparison]) -> Table:
+    result = table("largest difference of logits", "absolute", "relative", "greedy tokens")
+    for name, f in zip(names, found, strict=True):
+        same = Text("equal", "green") if f.same_tokens else Text("DIFFERENT", "bold red")
+        result.add_row(name, f"{f.absolute:.1e}", f"{f.relative:.1e}", same)
+    return result
+
+
+def _more(rows: Sequence[object]) -> list[Text]:
+    more = len(rows) - MOST_ROWS
+    return [Text(f"... and {more} more")] if more > 0 else []
+
+
+def _file(file: File) -> Text:
+    text = _plain(file.name)
+    if file.nbytes is not None:
+        text.append(f"  {size(file.nbytes)}")
+    if file.tensors is None:
+        return text.append("  missing" if file.nbytes is None else "  damaged", "red")
+    return text.append(f"  {file.tensors} tensors")
 
 
 def _guess(architecture: str, assumption: str | None) -> str:
     return f"{architecture} ({assumption})" if assumption else architecture
+
+
+def _pairs() -> Table:
+    """A table of names and values."""
+    result = table("", "")
+    result.show_header = False
+    result.columns[1].justify = "left"
+    return result
 
 
 def _plain(text: str, style: str = "") -> Text:
@@ -127,7 +173,8 @@ def _verdict(found: Inspection) -> list[Text]:
         return [
             Text("Every tensor that the configuration asks for is there, and no other.", "green")
         ]
-    lines = [_plain(found.problem, "red")] if found.problem else []
+    problems = [file.problem for file in found.files if file.problem] + list(found.problems)
+    lines = [Text(_lines(problem), "red") for problem in dict.fromkeys(problems)]
     for what in ("missing", "unexpected", "mismatched"):
         lines += [_plain(f"{what}: {entry}", "red") for entry in getattr(found, what)]
     return lines

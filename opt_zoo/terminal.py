@@ -23,9 +23,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from conversion.convert import Progress as OnBytes
+from conversion.text import printable
+from opt_core.saving import Progress as OnBytes
 from opt_zoo.processes import OnEvent
-from opt_zoo.render import printable
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

@@ -5,8 +5,18 @@ What the tensors mean is no concern of this package: names, layouts and models a
 """
 
 from opt_core.checkpoints.index import CheckpointIndex
+from opt_core.checkpoints.layouts import LAYOUTS, SAFETENSORS, Layout
 from opt_core.checkpoints.reader import CheckpointReader
 from opt_core.checkpoints.tensors import LazyTensor, TensorInfo
 from opt_core.checkpoints.writer import CheckpointWriter
 
-__all__ = ["CheckpointIndex", "CheckpointReader", "CheckpointWriter", "LazyTensor", "TensorInfo"]
+__all__ = [
+    "LAYOUTS",
+    "SAFETENSORS",
+    "CheckpointIndex",
+    "CheckpointReader",
+    "CheckpointWriter",
+    "Layout",
+    "LazyTensor",
+    "TensorInfo",
+]

@@ -4,44 +4,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from opt_core.checkpoints import safetensors_format, torch_format
-from opt_core.checkpoints.index import SUFFIX, CheckpointIndex
-from opt_core.checkpoints.tensors import FileSource, LazyTensor
+from opt_core.checkpoints.containers import recognise
+from opt_core.checkpoints.index import CheckpointIndex
+from opt_core.checkpoints.layouts import in_order
+from opt_core.checkpoints.sources import FileSource
+from opt_core.checkpoints.tensors import LazyTensor
 from opt_core.errors import CheckpointError, FormatError
-
-Contents = tuple[list[LazyTensor], dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Container:
-    """A kind of file: its name, the file it has in a directory, how to tell it, how to read it.
-
-    `matches` gets the first 512 bytes; `read` returns the tensors and the file's own metadata.
-    """
-
-    format: str
-    filename: str
-    matches: Callable[[bytes], bool]
-    read: Callable[[FileSource], Contents]
-
-
-CONTAINERS = (
-    Container(
-        "safetensors",
-        "model.safetensors",
-        safetensors_format.matches,
-        safetensors_format.read_safetensors,
-    ),
-    Container("torch", "pytorch_model.bin", torch_format.matches, torch_format.read_torch),
-)
-"""Every kind of file that can be read, in the order in which a directory is searched."""
 
 
 class CheckpointReader(Mapping[str, LazyTensor]):
@@ -51,47 +25,74 @@ class CheckpointReader(Mapping[str, LazyTensor]):
     stay valid.
 
     Attributes:
-        format: "safetensors" or "torch".
+        container: the kind of its files: "safetensors", "torch", ...
         metadata: what the files say of themselves; {} where the format has no room for it.
         files: the files that hold the tensors.
     """
 
-    def __init__(self, sources: list[FileSource], index: CheckpointIndex | None) -> None:
+    def __init__(
+        self,
+        container: str,
+        tensors: Iterable[LazyTensor],
+        sources: Sequence[FileSource] = (),
+        metadata: Mapping[str, str] | None = None,
+        files: Sequence[Path] = (),
+    ) -> None:
+        self.container = container
+        self.files = (*files, *(source.path for source in sources))
+        self.metadata = dict(metadata or {})
         self._sources = sources
         self._tensors: dict[str, LazyTensor] = {}
-        self.files = tuple(source.path for source in sources)
-        self.metadata: dict[str, str] = {}
-        formats: dict[str, Path] = {}
-        for source in sources:
-            container = _recognise(source)
-            formats.setdefault(container.format, source.path)
-            tensors, metadata = container.read(source)
-            self.metadata.update(metadata)
-            for tensor in tensors:
-                self._add(tensor)
-        if len(formats) > 1:
-            found = ", ".join(f"{kind} in {file.name}" for kind, file in formats.items())
-            raise FormatError(f"{self.files[0].parent}: expected one format, found {found}.")
-        (self.format,) = formats
-        if index is not None:
-            _check_index(index, self._tensors)
+        for tensor in tensors:
+            self._add(tensor)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> CheckpointReader:
+    def open(cls, path: str | os.PathLike[str], prefer: str | None = None) -> Self:
         """Open a file of weights, an index of several, or a directory that holds one of these.
+
+        Of several kinds in a directory the first in the order of `LAYOUTS` is opened; those that
+        the framework `prefer` ("pt", "tf", "flax") writes come first.
 
         Raises CheckpointError if there is none, FormatError if one is damaged or lies about itself.
         """
-        file = _find(Path(path))
-        index = CheckpointIndex.read(file) if file.name.endswith(SUFFIX) else None
+        path = Path(path)
+        found = find_weights(path, prefer) if path.is_dir() else path
+        if found is None:
+            raise _nothing_in(path)
+        if not found.exists():
+            raise CheckpointError(f"{path}: expected a file or a directory, found none there.")
+        index = CheckpointIndex.read(found) if found.suffix == ".json" else None
         with ExitStack() as undo:
-            sources: list[FileSource] = []
-            for shard in index.shards if index else (file,):
-                sources.append(FileSource(shard))
-                undo.callback(sources[-1].close)
-            reader = cls(sources, index)
+            sources = [
+                undo.enter_context(closing(FileSource(file)))
+                for file in (index.shards if index else (found,))
+            ]
+            reader = cls._read(sources)
+            if index is not None:
+                index.check({name: tensor.info.file.name for name, tensor in reader.items()})
             undo.pop_all()
         return reader
+
+    @classmethod
+    def _read(cls, sources: Sequence[FileSource]) -> Self:
+        """Read the headers of files that are of one kind."""
+        kinds = {source.path.name: recognise(source) for source in sources}
+        names = {kind.name: file for file, kind in kinds.items()}
+        if len(names) > 1:
+            found = ", ".join(f"{kind} in {file}" for kind, file in names.items())
+            raise FormatError(f"{sources[0].path.parent}: expected one format, found {found}.")
+        metadata: dict[str, str] = {}
+        tensors: list[LazyTensor] = []
+        for source in sources:
+            more, said = kinds[source.path.name].read(source)
+            tensors += more
+            metadata.update(said)
+        return cls(*names, tensors, sources, metadata)
+
+    @property
+    def files_open(self) -> int:
+        """How many files are open at a time, at most."""
+        return len(self._sources)
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self._tensors[name]
@@ -127,60 +128,17 @@ class CheckpointReader(Mapping[str, LazyTensor]):
             )
 
 
-def _find(path: Path) -> Path:
-    """Return the file to begin with."""
-    if not path.is_dir():
-        if not path.is_file():
-            raise CheckpointError(f"{path}: expected a file or a directory, found none there.")
-        return path
-    names = [name + end for name in (c.filename for c in CONTAINERS) for end in ("", SUFFIX)]
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    present = sorted(entry.name for entry in path.iterdir())
+def find_weights(directory: Path, prefer: str | None = None) -> Path | None:
+    """Return the file, index or folder in a directory to begin with; None if there is none."""
+    names = [name for layout in in_order(prefer) for name in (layout.single, layout.index) if name]
+    return next((directory / name for name in names if (directory / name).exists()), None)
+
+
+def _nothing_in(directory: Path) -> CheckpointError:
+    names = [name for layout in in_order() for name in (layout.single, layout.index) if name]
+    present = sorted(entry.name for entry in directory.iterdir())
     listing = ", ".join(present[:12]) + (", ..." if len(present) > 12 else "")
-    raise CheckpointError(
-        f"{path}: expected one of {', '.join(names)}; found {listing or 'an empty directory'}. "
-        f"Give the directory that holds the weights, or the file itself.{_hint(present)}"
+    return CheckpointError(
+        f"{directory}: expected one of {', '.join(names)}; found {listing or 'an empty directory'}. "
+        "Give the directory that holds the weights, or the file itself."
     )
-
-
-def _hint(present: list[str]) -> str:
-    unread = [name for name in ("tf_model.h5", "flax_model.msgpack") if name in present]
-    return f" {' and '.join(unread)} cannot be read by this release." if unread else ""
-
-
-def _recognise(source: FileSource) -> Container:
-    """Tell a file's container from its content; its name proves nothing."""
-    head = source.read_bytes(0, 512)
-    for container in CONTAINERS:
-        if container.matches(head):
-            return container
-    if head.startswith(b"version https://git-lfs"):
-        raise FormatError(
-            f"{source.path}: expected weights, found a Git LFS pointer: the repository was cloned "
-            "without its large files. Run `git lfs pull` there, or use the hub name."
-        )
-    kinds = " or ".join(container.format for container in CONTAINERS)
-    raise FormatError(
-        f"{source.path}: expected {kinds}, found {source.size} bytes that begin with {head[:16]!r}"
-        ". The file is damaged, its download incomplete, or it is something else: fetch it again."
-    )
-
-
-def _check_index(index: CheckpointIndex, tensors: Mapping[str, LazyTensor]) -> None:
-    """Check that the index names exactly what the files hold, and where."""
-    for name, file in index.weight_map.items():
-        if name not in tensors or tensors[name].info.file.name != file:
-            found = f"it in {tensors[name].info.file.name}" if name in tensors else "it nowhere"
-            raise FormatError(
-                f"{index.file}: tensor {name!r}: expected in {file}, found {found}. Index and "
-                "files are not of one checkpoint: fetch them together."
-            )
-    unlisted = [name for name in tensors if name not in index.weight_map]
-    if unlisted:
-        raise FormatError(
-            f"{index.file}: expected every tensor of its files, found {unlisted[0]!r} of "
-            f"{tensors[unlisted[0]].info.file.name} missing ({len(unlisted)} in all). Index and "
-            "files are not of one checkpoint: fetch them together."
-        )

@@ -9,16 +9,17 @@ pass (a name twice). The tests hold the two against each other.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from opt_core.checkpoints.tensors import ALIGNMENT, FileSource, LazyTensor, TensorInfo
+from opt_core.checkpoints.output import PositionedFile, TensorLike, nbytes
+from opt_core.checkpoints.sources import FileSource
+from opt_core.checkpoints.tensors import ALIGNMENT, LazyTensor, TensorInfo
 from opt_core.errors import FormatError, InputError
 from opt_core.files import JSON_LIMIT, parse_json_object
 
@@ -45,17 +46,6 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
 _PREFIX = 8
 _AGAIN = "The file is damaged or its download incomplete: fetch it again."
-
-
-class TensorLike(Protocol):
-    """Whatever says what a tensor will be: a TensorInfo, a LazyTensor."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -159,9 +149,21 @@ def _check_cover(entries: list[_Entry], source: FileSource, start: int) -> None:
         )
 
 
-def in_file_order(infos: Iterable[TensorLike]) -> list[TensorLike]:
-    """Return the tensors as they lie in a file: wide elements first, so that each is aligned."""
-    return sorted(infos, key=lambda info: -info.dtype.itemsize)
+def create_safetensors(
+    path: Path, infos: Sequence[TensorLike], metadata: Mapping[str, str]
+) -> PositionedFile:
+    """Begin a file; its tensors lie wide elements first, so that each is aligned to its own.
+
+    Raises InputError as `write_header` does.
+    """
+    ordered = sorted(infos, key=lambda info: -info.dtype.itemsize)
+    header = write_header(ordered, metadata)
+    positions: dict[str, int] = {}
+    position = len(header)
+    for info in ordered:
+        positions[info.name] = position
+        position += nbytes(info)
+    return PositionedFile(path, infos, {0: header}, positions)
 
 
 def write_header(infos: Iterable[TensorLike], metadata: Mapping[str, str]) -> bytes:
@@ -184,7 +186,7 @@ def write_header(infos: Iterable[TensorLike], metadata: Mapping[str, str]) -> by
                 f"{info.name}: expected one of the dtypes {', '.join(map(str, _CODES))}, found "
                 f"{info.dtype}. Convert the array first."
             )
-        end = position + math.prod(info.shape) * info.dtype.itemsize
+        end = position + nbytes(info)
         header[info.name] = {
             "dtype": _CODES[info.dtype],
             "shape": list(info.shape),

@@ -4,22 +4,23 @@
 from __future__ import annotations
 
 import math
-import mmap
-import threading
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from opt_core.errors import CheckpointError, FormatError, InputError
+from opt_core.checkpoints.sources import ArraySource, ByteSource
+from opt_core.errors import FormatError, InputError
 
 ALIGNMENT = 64
 """Bytes: a cache line, and what jax needs to take an array over without copying it."""
+
+BLOCK = 2**23
+"""Bytes: what is read, converted and written at a time where a tensor need not be in memory whole."""
 
 _MAX_DIMS = 32
 _MAX_BYTES = 2**62
@@ -55,93 +56,6 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Number of bytes of the values."""
         return self.size * self.dtype.itemsize
-
-
-class ByteSource(Protocol):
-    """Where tensors lie: a file, or memory that looks like one."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def size(self) -> int: ...
-    def memory(self) -> Any: ...
-    def read_into(self, out: NDArray[np.uint8], offset: int) -> None: ...
-
-
-class FileSource:
-    """One open file, read by position or through one copy-on-write mapping made on first use.
-
-    The file stays open, so what is read is what was opened, even after another file took the name.
-    Raises CheckpointError if `path` is no regular file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: expected a file, found none. Check the path.")
-        self.path = path
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the source
-        self._finalizer = weakref.finalize(self, self.file.close)
-        self._lock = threading.Lock()
-        self._mapping: mmap.mmap | None = None
-        self.size = self.file.seek(0, 2)
-
-    def memory(self) -> mmap.mmap:
-        """Return the file as private memory: pages are read when touched, never written back."""
-        with self._lock:
-            self._check_open()
-            if self._mapping is None:
-                self._mapping = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
-            return self._mapping
-
-    def read_into(self, out: NDArray[np.uint8], offset: int) -> None:
-        """Fill `out` ([bytes]) from `offset` on; raises FormatError where the file ends early."""
-        with self._lock:
-            self._check_open()
-            self.file.seek(offset)
-            done = 0
-            while done < len(out):
-                count = self.file.readinto(out.data[done:])
-                if not count:
-                    raise FormatError(
-                        f"{self.path}: expected {len(out)} bytes at {offset}, found {done}. The "
-                        "file was cut short while it was read: fetch it again."
-                    )
-                done += count
-
-    def read_bytes(self, offset: int, length: int) -> bytes:
-        """Return up to `length` bytes from `offset` on, fewer at the end of the file."""
-        out = np.empty(max(0, min(length, self.size - offset)), np.uint8)
-        self.read_into(out, offset)
-        return out.tobytes()
-
-    def close(self) -> None:
-        """Close the file; arrays that were mapped stay valid."""
-        with self._lock:
-            self._mapping = None
-            self._finalizer()
-
-    def _check_open(self) -> None:
-        if self.file.closed:
-            raise CheckpointError(
-                f"{self.path}: the reader was closed. Read the tensors while it is open."
-            )
-
-
-class ArraySource:
-    """An array in memory that looks like a file."""
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        self.path = Path("<memory>")
-        self._bytes = np.asarray(array, order="C").reshape(-1).view(np.uint8)
-        self.size = len(self._bytes)
-
-    def memory(self) -> NDArray[np.uint8]:
-        """Return the bytes themselves, not a copy."""
-        return self._bytes
-
-    def read_into(self, out: NDArray[np.uint8], offset: int) -> None:
-        """Fill `out` ([bytes]) from `offset` on."""
-        out[:] = self._bytes[offset : offset + len(out)]
 
 
 class LazyTensor:
@@ -227,11 +141,7 @@ class LazyTensor:
         Only the bytes needed are read, unless the tensor is stored in another order. Raises
         InputError if there is no such slice.
         """
-        if not 0 <= dim < len(self.shape) or not 0 <= start <= stop <= self.shape[dim]:
-            raise InputError(
-                f"{self.name}: expected a slice within shape {self.shape}, found "
-                f"[{start}:{stop}] of dimension {dim}."
-            )
+        self._check_slice(dim, start, stop)
         shape = (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
         out = empty_aligned(shape, self.dtype)
         if self._strides is not None:
@@ -242,6 +152,41 @@ class LazyTensor:
             for row, run in enumerate(out.reshape(math.prod(shape[:dim]), -1).view(np.uint8)):
                 self._source.read_into(run, self._offset + (row * self.shape[dim] + start) * item)
         return out
+
+    def rows(self, start: int, stop: int) -> LazyTensor:
+        """Return rows `start` to `stop` of the first dimension as a tensor of its own, unread.
+
+        Raises InputError if there are no such rows.
+        """
+        self._check_slice(0, start, stop)
+        info = replace(self.info, shape=(stop - start, *self.shape[1:]))
+        row = math.prod(self.shape[1:]) if self._strides is None else self._strides[0]
+        offset = self._offset + (start * row * self.dtype.itemsize if info.size else 0)
+        return LazyTensor(info, self._source, offset, self._strides)
+
+    def blocks(self, nbytes: int = BLOCK) -> Iterator[NDArray[Any]]:
+        """Yield the values in C order: runs of rows that take about `nbytes` each.
+
+        A tensor stored in another order, or without rows, comes whole.
+        """
+        if not self.streams or not self.info.size:
+            yield self.read()
+            return
+        step = max(1, nbytes * self.shape[0] // self.info.nbytes)
+        for start in range(0, self.shape[0], step):
+            yield self.read_slice(0, start, min(start + step, self.shape[0]))
+
+    @property
+    def streams(self) -> bool:
+        """Whether some rows can be read without reading all."""
+        return self._strides is None and bool(self.shape)
+
+    def _check_slice(self, dim: int, start: int, stop: int) -> None:
+        if not 0 <= dim < len(self.shape) or not 0 <= start <= stop <= self.shape[dim]:
+            raise InputError(
+                f"{self.name}: expected a slice within shape {self.shape}, found "
+                f"[{start}:{stop}] of dimension {dim}."
+            )
 
     def _shaped(self, flat: NDArray[Any]) -> NDArray[Any]:
         if self._strides is None or not self.info.size:

@@ -12,19 +12,18 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from opt_core.checkpoints.tensors import (
-    FileSource,
-    LazyTensor,
-    TensorInfo,
-    element_span,
-)
+from opt_core.checkpoints.sources import FileSource
+from opt_core.checkpoints.tensors import LazyTensor, TensorInfo, element_span
+from opt_core.checkpoints.torch_objects import load_objects
 from opt_core.checkpoints.torch_pickle import (
     MAX_PICKLE,
     Storage,
     StoredTensor,
+    Unpickled,
     load_pickle,
 )
 from opt_core.errors import FormatError
@@ -34,6 +33,9 @@ _PICKLE = b"\x80"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
+
+_Load = Callable[[io.BytesIO, str], Unpickled]
+_Places = dict[str, tuple[int, int]]
 _AGAIN = "The file is damaged or its download incomplete: fetch it again."
 
 
@@ -48,13 +50,7 @@ def read_torch(source: FileSource) -> tuple[list[LazyTensor], dict[str, str]]:
     Entries that are no tensors are left out. Raises FormatError if the file is damaged, contradicts
     itself, or asks for anything that a state dict does not need.
     """
-    head = source.read_bytes(0, 512)
-    if _is_tar(head):
-        raise FormatError(
-            f"{source.path}: expected a file of torch 0.4 or newer, found a tar archive as older "
-            "ones wrote. Load it with torch and save it again."
-        )
-    state, places = (_read_zip if head.startswith(_ZIP) else _read_legacy)(source)
+    state, places = _read(source, load_pickle)
     if not isinstance(state, dict):
         raise FormatError(
             f"{source.path}: expected a state dict (names and tensors), found a "
@@ -70,13 +66,32 @@ def read_torch(source: FileSource) -> tuple[list[LazyTensor], dict[str, str]]:
     return [_place(name, tensor, source, places) for name, tensor in tensors.items()], {}
 
 
+def read_pickled(source: FileSource) -> tuple[Any, Callable[[str, StoredTensor], LazyTensor]]:
+    """Return all that a file of a training run holds, and what makes a stored tensor readable.
+
+    Objects other than tensors are records of torch_objects.Inert; keys of dictionaries are strings.
+    The function takes a name and a StoredTensor found in the value. Raises FormatError as
+    `read_torch` does, from the function too.
+    """
+    value, places = _read(source, load_objects)
+    return value, lambda name, tensor: _place(name, tensor, source, places)
+
+
+def _read(source: FileSource, load: _Load) -> tuple[Any, _Places]:
+    head = source.read_bytes(0, 512)
+    if _is_tar(head):
+        raise FormatError(
+            f"{source.path}: expected a file of torch 0.4 or newer, found a tar archive as older "
+            "ones wrote. Load it with torch and save it again."
+        )
+    return (_read_zip if head.startswith(_ZIP) else _read_legacy)(source, load)
+
+
 def _is_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar"
 
 
-def _place(
-    name: str, tensor: StoredTensor, source: FileSource, places: dict[str, tuple[int, int]]
-) -> LazyTensor:
+def _place(name: str, tensor: StoredTensor, source: FileSource, places: _Places) -> LazyTensor:
     """Tie a tensor to the bytes of its storage; `places` gives offset and length of each."""
     where = f"{source.path}: tensor {name!r}"
     storage = tensor.storage
@@ -109,7 +124,7 @@ def _is_contiguous(tensor: StoredTensor) -> bool:
     return True
 
 
-def _read_zip(source: FileSource) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _read_zip(source: FileSource, load: _Load) -> tuple[Any, _Places]:
     """Return the state dict and the place of each storage of a zip archive."""
     members = _zip_members(source)
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -128,7 +143,7 @@ def _read_zip(source: FileSource) -> tuple[Any, dict[str, tuple[int, int]]]:
         raise FormatError(
             f"{source.path}: expected a data.pkl of at most {MAX_PICKLE} bytes, found {length}."
         )
-    state = load_pickle(io.BytesIO(source.read_bytes(start, length)), str(source.path))
+    state = load(io.BytesIO(source.read_bytes(start, length)), str(source.path))
     prefix = root + "data/"
     return state.value, {
         name.removeprefix(prefix): place
@@ -176,7 +191,7 @@ def _member_place(source: FileSource, entry: zipfile.ZipInfo, where: str) -> tup
     return start, entry.file_size
 
 
-def _read_legacy(source: FileSource) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _read_legacy(source: FileSource, load: _Load) -> tuple[Any, _Places]:
     """Return the state dict and the place of each storage of a stream older than torch 1.6."""
     where = str(source.path)
     stream = io.BytesIO(source.read_bytes(0, MAX_PICKLE))
@@ -192,15 +207,15 @@ def _read_legacy(source: FileSource) -> tuple[Any, dict[str, tuple[int, int]]]:
         )
     if system.get("little_endian") is not True:
         raise _big_endian(source.path)
-    state, keys = load_pickle(stream, where), load_pickle(stream, where).value
+    state, keys = load(stream, where), load_pickle(stream, where).value
     return state.value, _legacy_places(source, state.storages, keys, stream.tell())
 
 
 def _legacy_places(
     source: FileSource, storages: dict[str, Storage], keys: Any, position: int
-) -> dict[str, tuple[int, int]]:
+) -> _Places:
     """Walk over the storages behind the pickles: each is its number of elements, then its bytes."""
-    places: dict[str, tuple[int, int]] = {}
+    places: _Places = {}
     for key in keys if isinstance(keys, list) else [None]:
         if not isinstance(key, str) or key not in storages or key in places:
             raise FormatError(

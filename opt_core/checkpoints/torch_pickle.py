@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import io
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +24,11 @@ MAX_PICKLE = 2**24
 """Bytes: room for some sixty thousand tensors."""
 
 _MAX_OPCODES = 4_000_000
+MAX_NAME = 1024
+"""Characters: two bytes of a pickle repeat an argument, so what costs time must be short."""
+
+_MAX_DIMS = 32
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 
 _STORAGES: dict[str, np.dtype[Any]] = {
     "torch.DoubleStorage": np.dtype(np.float64),
@@ -67,7 +72,7 @@ class Unpickled:
 
 
 @dataclass(frozen=True)
-class _Global:
+class Global:
     """A name that the file asks for and that stands on the list."""
 
     name: str
@@ -79,46 +84,55 @@ def load_pickle(stream: io.BytesIO, where: str) -> Unpickled:
     `where` names the file in messages. Raises FormatError for a damaged pickle and for any
     instruction or name that no state dict needs.
     """
-    machine = _Machine(where)
+    return run_pickle(Machine(where), stream)
+
+
+def run_pickle(machine: Machine, stream: io.BytesIO) -> Unpickled:
+    """Let a machine follow the pickle at the position of `stream`; errors as in `load_pickle`."""
     try:
         return Unpickled(machine.run(stream), machine.storages)
     except FormatError:
         raise
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise FormatError(
-            f"{where}: expected a pickled state dict, found a broken pickle ({error}). The file is "
-            "damaged or its download incomplete: fetch it again."
+            f"{machine.where}: expected a pickled state dict, found a broken pickle ({error}). The "
+            "file is damaged or its download incomplete: fetch it again."
         ) from error
 
 
-class _Machine:
+class Machine:
     """A stack, the marks on it, the memo, and the storages met so far."""
+
+    literals: ClassVar[frozenset[str]]
+    instructions: ClassVar[Mapping[str, Callable[[Any, Any], None]]]
 
     def __init__(self, where: str) -> None:
         self.storages: dict[str, Storage] = {}
-        self._where = where
+        self.where = where
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
 
     def run(self, stream: io.BytesIO) -> Any:
         """Follow the instructions up to STOP."""
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        for _ in range(_MAX_OPCODES):
+            opcode = _OPCODES.get(stream.read(1))
+            if opcode is None:
+                raise ValueError(f"no instruction before byte {stream.tell()}")
             if opcode.name == "STOP":
                 return self._pop()
-            if count > _MAX_OPCODES:
-                raise self._refuse(f"more than {_MAX_OPCODES} instructions")
-            if opcode.name in _LITERALS:
-                self._stack.append(argument)
-            elif opcode.name in _INSTRUCTIONS:
-                _INSTRUCTIONS[opcode.name](self, argument)
-            else:
+            if opcode.name not in self.literals and opcode.name not in self.instructions:
                 raise self._refuse(f"the pickle instruction {opcode.name}")
-        raise ValueError("it has no end")
+            argument = _read_argument(opcode, stream)
+            if opcode.name in self.literals:
+                self._stack.append(argument)
+            else:
+                self.instructions[opcode.name](self, argument)
+        raise self._refuse(f"more than {_MAX_OPCODES} instructions")
 
     def _refuse(self, what: str) -> FormatError:
         return FormatError(
-            f"{self._where}: expected a state dict of tensors, found {what}, which no state dict "
+            f"{self.where}: expected a state dict of tensors, found {what}, which no state dict "
             "needs. The file was not executed. If you trust its origin, load it where it was made "
             "and save model.state_dict()."
         )
@@ -142,14 +156,22 @@ class _Machine:
         self._stack.append(tuple(reversed(items)))
 
     def _update(self, pairs: list[Any]) -> None:
-        target = self._stack[-1]
+        self._set_items(self._stack[-1], pairs)
+
+    def _set_items(self, target: Any, pairs: list[Any]) -> None:
         if not isinstance(target, dict) or len(pairs) % 2:
             raise ValueError("items are put into something that is no dictionary")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if not isinstance(key, str):
-                raise self._refuse(f"a {type(key).__name__} as the name of an entry")
-            key.encode()  # half a surrogate pair is no text: UnicodeEncodeError, a ValueError
-            target[key] = value
+            name = self._key(key)
+            if len(name) > MAX_NAME:
+                raise self._refuse(f"a name of {len(name)} characters")
+            name.encode()  # half a surrogate pair is no text: UnicodeEncodeError, a ValueError
+            target[name] = value
+
+    def _key(self, key: Any) -> str:
+        if not isinstance(key, str):
+            raise self._refuse(f"a {type(key).__name__} as the name of an entry")
+        return key
 
     def _set_item(self, _: Any) -> None:
         value, key = self._pop(), self._pop()
@@ -167,38 +189,46 @@ class _Machine:
         self._stack.append(self._memo[slot])
 
     def _global(self, spelling: str) -> None:
-        name = spelling.replace(" ", ".")
-        if name not in _STORAGES and name not in _CALLS:
+        self._stack.append(self._find(spelling.replace(" ", ".")))
+
+    def _find(self, name: str) -> Global:
+        if name not in _STORAGES and name not in CALLS:
             raise self._refuse(f"a request for {name[:200]!r}")
-        self._stack.append(_Global(name))
+        return Global(name)
 
     def _stack_global(self, _: Any) -> None:
         name, module = self._pop(), self._pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise TypeError("a global is not named by strings")
+        if len(name) + len(module) > MAX_NAME:
+            raise self._refuse(f"a request for a name of {len(name) + len(module)} characters")
         self._global(f"{module} {name}")
 
     def _reduce(self, _: Any) -> None:
         arguments, function = self._pop(), self._pop()
-        if (
-            not isinstance(function, _Global)
-            or function.name not in _CALLS
-            or not isinstance(arguments, tuple)
-        ):
+        if not isinstance(function, Global) or not isinstance(arguments, tuple):
             raise self._refuse("a call of something that is no function")
-        self._stack.append(_CALLS[function.name](arguments))
+        self._stack.append(self._call(function.name, arguments))
+
+    def _call(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        if name not in CALLS:
+            raise self._refuse("a call of something that is no function")
+        return CALLS[name](arguments)
 
     def _build(self, _: Any) -> None:
+        state = self._pop()
+        self._set_state(self._stack[-1], state)
+
+    def _set_state(self, target: Any, state: Any) -> None:
         """Drop the state that an OrderedDict carries (`_metadata`): it holds no tensors."""
-        self._pop()
-        if not isinstance(self._stack[-1], dict):
+        if not isinstance(target, dict):
             raise self._refuse("attributes set on something that is no dictionary")
 
     def _storage(self, _: Any) -> None:
         match self._pop():
             case (
                 "storage",
-                _Global(name),
+                Global(name),
                 str() as key,
                 str(),
                 int() as numel,
@@ -212,10 +242,25 @@ class _Machine:
                 raise self._refuse("a storage described in an unknown way")
 
 
+def _read_argument(opcode: pickletools.OpcodeInfo, stream: io.BytesIO) -> Any:
+    """Return what stands behind an instruction; module and name of a GLOBAL with a space between.
+
+    These two are lines, in which pickletools would interpret backslashes, and pickle does not.
+    """
+    if opcode.name == "GLOBAL":
+        lines = [stream.readline(MAX_NAME) for _ in range(2)]
+        if not all(line.endswith(b"\n") for line in lines):
+            raise ValueError("a global is not named by two lines")
+        return " ".join(line[:-1].decode() for line in lines)
+    return opcode.arg.reader(stream) if opcode.arg else None
+
+
 def _rebuild_tensor(arguments: tuple[Any, ...]) -> StoredTensor:
     match arguments:
         case (Storage() as storage, int() as offset, tuple() as shape, tuple() as strides, *_):
-            if len(shape) == len(strides) and all(type(n) is int for n in (*shape, *strides)):
+            if len(shape) == len(strides) <= _MAX_DIMS and all(
+                type(number) is int for number in (offset, *shape, *strides)
+            ):
                 return StoredTensor(storage, offset, shape, strides)
     raise ValueError("a tensor is described in an unknown way")
 
@@ -232,17 +277,17 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str, Any]:
     return {}
 
 
-_CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
+CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
 }
 
-_LITERALS = frozenset(
+LITERALS = frozenset(
     ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE")
 )
 
-_INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+INSTRUCTIONS: dict[str, Callable[[Any, Any], None]] = {
     "PROTO": lambda machine, _: None,
     "FRAME": lambda machine, _: None,
     "NONE": lambda machine, _: machine._stack.append(None),
@@ -251,23 +296,26 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "EMPTY_DICT": lambda machine, _: machine._stack.append({}),
     "EMPTY_LIST": lambda machine, _: machine._stack.append([]),
     "EMPTY_TUPLE": lambda machine, _: machine._stack.append(()),
-    "MARK": _Machine._mark,
+    "MARK": Machine._mark,
     "TUPLE": lambda machine, _: machine._stack.append(tuple(machine._pop_mark())),
     "TUPLE1": lambda machine, _: machine._tuple(1),
     "TUPLE2": lambda machine, _: machine._tuple(2),
     "TUPLE3": lambda machine, _: machine._tuple(3),
-    "SETITEM": _Machine._set_item,
+    "SETITEM": Machine._set_item,
     "SETITEMS": lambda machine, _: machine._update(machine._pop_mark()),
     "APPEND": lambda machine, _: machine._extend([machine._pop()]),
     "APPENDS": lambda machine, _: machine._extend(machine._pop_mark()),
-    "BINPUT": _Machine._put,
-    "LONG_BINPUT": _Machine._put,
+    "BINPUT": Machine._put,
+    "LONG_BINPUT": Machine._put,
     "MEMOIZE": lambda machine, _: machine._put(len(machine._memo)),
-    "BINGET": _Machine._get,
-    "LONG_BINGET": _Machine._get,
-    "GLOBAL": _Machine._global,
-    "STACK_GLOBAL": _Machine._stack_global,
-    "REDUCE": _Machine._reduce,
-    "BUILD": _Machine._build,
-    "BINPERSID": _Machine._storage,
+    "BINGET": Machine._get,
+    "LONG_BINGET": Machine._get,
+    "GLOBAL": Machine._global,
+    "STACK_GLOBAL": Machine._stack_global,
+    "REDUCE": Machine._reduce,
+    "BUILD": Machine._build,
+    "BINPERSID": Machine._storage,
 }
+
+Machine.literals = LITERALS
+Machine.instructions = INSTRUCTIONS

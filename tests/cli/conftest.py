@@ -45,6 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             for p in table
         ],
+        own_format="bin",
     )
     tokenizer.save_pretrained(directory)
     return directory

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`opt-zoo inspect` and `opt-zoo convert`."""
+"""`opt-zoo inspect`, of whole checkpoints and of damaged ones."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from opt_core import __version__
+from opt_core import HubError, __version__
 from opt_zoo import render
-from opt_zoo.inspection import inspect_checkpoint
+from opt_zoo.inspection import File, inspect_checkpoint
 from tests.cli.conftest import Runner
 
 FORMATS = Path(__file__).parent.parent / "golden" / "formats" / "pre_norm"
@@ -31,11 +31,26 @@ def test_inspect(opt_zoo: Runner, model: Path) -> None:
     assert "and no other" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["bin", "bin_fp16_decoder", "tf_safetensors", "safetensors_base"])
-def test_inspect_other_formats(opt_zoo: Runner, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "container", "dialect"),
+    [
+        ("bin", "torch", "pt"),
+        ("bin_fp16_decoder", "torch", "pt"),
+        ("safetensors_base", "safetensors", "pt"),
+        ("tf_safetensors", "safetensors", "tf"),
+        ("flax_safetensors", "safetensors", "flax"),
+        ("h5", "hdf5", "tf"),
+        ("msgpack_sharded", "msgpack", "flax"),
+    ],
+)
+def test_inspect_other_formats(opt_zoo: Runner, name: str, container: str, dialect: str) -> None:
     found = json.loads(opt_zoo("inspect", str(FORMATS / name), "--json").stdout)
-    assert found["fits"] and not found["missing"]
-    assert found["format"] == ("torch" if name.startswith("bin") else "safetensors")
+    assert found["fits"] and found["problem"] is None and not found["missing"]
+    assert (found["container"], found["dialect"]) == (container, dialect)
+    in_files = [file["tensors"] for file in found["files"]]
+    assert sum(in_files) == len(found["tensors"]) == sum(found["dtypes"].values())
+    for file in found["files"]:
+        assert file["nbytes"] == (FORMATS / name / file["name"]).stat().st_size
 
 
 def test_inspect_a_file_alone(opt_zoo: Runner, model: Path, tmp_path: Path) -> None:
@@ -64,31 +79,116 @@ def test_inspect_names_what_is_missing_unexpected_and_of_another_shape(
     assert "unexpected: model.decoder.layers.1.fc1.weight" in text
 
 
-def test_inspect_a_damaged_file(opt_zoo: Runner, model: Path, tmp_path: Path) -> None:
-    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
-    content = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(content[:-100])
-    done = opt_zoo("inspect", str(tmp_path))
+DAMAGED = {  # a golden checkpoint of one file -> its container
+    "safetensors": "safetensors",
+    "bin": "torch",
+    "bin_legacy": "torch",
+    "h5": "hdf5",
+    "msgpack": "msgpack",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_inspect_a_damaged_file(opt_zoo: Runner, name: str, tmp_path: Path) -> None:
+    directory = shutil.copytree(FORMATS / name, tmp_path / "in")
+    (file,) = (entry for entry in directory.iterdir() if entry.name != "config.json")
+    file.write_bytes(file.read_bytes()[:-300])
+    done = opt_zoo("inspect", str(directory), "--json")
+    assert done.exit_code == 1 and done.stderr == ""
+    found = json.loads(done.stdout)
+    assert not found["fits"] and str(file) in found["problem"]
+    assert found["container"] == DAMAGED[name] and found["dialect"] is None
+    (shown,) = found["files"]
+    assert (shown["name"], shown["nbytes"]) == (file.name, file.stat().st_size)
+    assert shown["tensors"] is None and shown["problem"] == found["problem"]
+    assert found["config"]["hidden_size"] == 16  # all the same
+    text = opt_zoo("inspect", str(directory))
+    assert text.exit_code == 1 and f"{file.name}  " in text.stdout
+    assert "damaged" in text.stdout and "fetch it again" in " ".join(text.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["safetensors_sharded", "bin_sharded", "h5_sharded"])
+def test_of_a_damaged_checkpoint_each_file_is_told(
+    opt_zoo: Runner, name: str, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(FORMATS / name, tmp_path / "in")
+    first, second, third = sorted(directory.glob("*-0000*"))
+    first.write_bytes(first.read_bytes()[:-300])
+    third.unlink()
+    (directory / "config.json").write_text("{")
+    (directory / "notes.txt").write_text("no weights")
+    done = opt_zoo("inspect", str(directory), "--json")
     assert done.exit_code == 1
-    assert done.stderr.startswith("damaged: ") and "model.safetensors" in done.stderr
+    found = json.loads(done.stdout)
+    cut, whole, gone = found["files"]
+    assert (cut["name"], cut["tensors"]) == (first.name, None) and str(first) in cut["problem"]
+    assert whole == {
+        "name": second.name,
+        "nbytes": second.stat().st_size,
+        "tensors": len(found["tensors"]),
+        "problem": None,
+    }
+    assert len(found["tensors"]) > 0 and found["dialect"] == ("tf" if "h5" in name else "pt")
+    assert (gone["name"], gone["nbytes"], gone["tensors"]) == (third.name, None, None)
+    assert "expected it beside the index" in gone["problem"]
+    assert third.name in found["problem"] and "config.json" in found["problem"]
+    assert found["config"] is None and found["architecture"] is None
+    text = opt_zoo("inspect", str(directory)).stdout
+    assert f"{third.name}  missing" in text and f"{second.name}  " in text
+    with_index = opt_zoo("inspect", str(next(directory.glob("*.index.json"))), "--json")
+    assert json.loads(with_index.stdout)["files"] == found["files"]
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../b"}}']
+)
+def test_a_damaged_index_does_not_hide_the_files(
+    opt_zoo: Runner, content: str, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(FORMATS / "safetensors_sharded", tmp_path / "in")
+    (directory / "model.safetensors.index.json").write_text(content)
+    done = opt_zoo("inspect", str(directory), "--json")
+    found = json.loads(done.stdout)
+    assert done.exit_code == 1 and "index.json" in found["problem"]
+    assert all(file["tensors"] for file in found["files"]) and len(found["files"]) == 3
+    assert not found["missing"] and not found["fits"]
+
+
+def test_a_directory_without_weights(opt_zoo: Runner, model: Path, tmp_path: Path) -> None:
+    shutil.copy(model / "config.json", tmp_path)
+    done = opt_zoo("inspect", str(tmp_path), "--json")
+    found = json.loads(done.stdout)
+    assert done.exit_code == 1 and found["files"] == found["tensors"] == []
+    assert "expected one of model.safetensors" in found["problem"]
+    assert found["config"]["hidden_size"] == 32
+
+
+def test_weights_under_an_unknown_name_are_seen(opt_zoo: Runner, tmp_path: Path) -> None:
+    shutil.copy(FORMATS / "safetensors" / "model.safetensors", tmp_path / "adapter.safetensors")
+    found = json.loads(opt_zoo("inspect", str(tmp_path), "--json").stdout)
+    assert [file["name"] for file in found["files"]] == ["adapter.safetensors"]
+    assert found["container"] == "safetensors" and not found["fits"]
+
+
+def test_what_is_not_there_is_an_error(opt_zoo: Runner) -> None:
+    assert isinstance(opt_zoo("inspect", "/no/such/model", "--json").exception, HubError)
 
 
 def test_a_broken_configuration_is_damage(opt_zoo: Runner, model: Path, tmp_path: Path) -> None:
     shutil.copytree(model, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text("{")
-    done = opt_zoo("inspect", str(tmp_path))
+    done = opt_zoo("inspect", str(tmp_path), "--json")
+    found = json.loads(done.stdout)
     assert done.exit_code == 1
-    assert done.stderr.startswith("damaged: ") and "config.json" in done.stderr
+    assert "config.json" in found["problem"] and len(found["tensors"]) == 36
 
 
 def test_an_assumed_architecture_is_said(opt_zoo: Runner, model: Path, tmp_path: Path) -> None:
-    shutil.copytree(model, tmp_path / "in")
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
     config = {**json.loads((model / "config.json").read_text()), "architectures": ["GPT2LMHead"]}
-    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
-    found = json.loads(opt_zoo("inspect", str(tmp_path / "in"), "--json").stdout)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = json.loads(opt_zoo("inspect", str(tmp_path), "--json").stdout)
     assert found["architecture"] == "OPTForCausalLM" and "GPT2LMHead" in found["assumption"]
-    done = opt_zoo("convert", str(tmp_path / "in"), str(tmp_path / "out"))
-    assert "OPTForCausalLM (assumed: " in done.stdout
 
 
 def test_what_a_file_names_cannot_reach_the_terminal(model: Path) -> None:
@@ -96,15 +196,15 @@ def test_what_a_file_names_cannot_reach_the_terminal(model: Path) -> None:
     evil = "\x1b[31mred\n\u202egnp"
     found = replace(
         found,
-        files={evil: 1},
+        files=(File(evil, 1, None, evil),),
         tensors=((evil, "float32", (1,), 4),),
         missing=(evil,),
-        problem=evil,
+        problems=(evil,),
     )
     console = Console(width=200)
     with console.capture() as capture:
         console.print(render.inspection(found))
-    assert capture.get().count(r"\x1b[31mred\n\u202egnp") == 4
+    assert capture.get().count(r"\x1b[31mred") == 4
     assert "\x1b[31mred" not in capture.get() and "\u202e" not in capture.get()
 
 
@@ -113,13 +213,3 @@ def test_a_narrow_terminal_elides_nothing(model: Path) -> None:
     with console.capture() as capture:
         console.print(render.inspection(inspect_checkpoint(model)))
     assert "\N{HORIZONTAL ELLIPSIS}" not in capture.get()
-
-
-def test_convert(opt_zoo: Runner, tmp_path: Path) -> None:
-    target = str(tmp_path / "out")
-    done = opt_zoo("convert", str(FORMATS / "bin"), target, "--dtype", "bfloat16")
-    assert done.exit_code == 0, done.output
-    assert "OPTForCausalLM" in done.stdout
-    found = json.loads(opt_zoo("inspect", target, "--json").stdout)
-    assert found["fits"] and list(found["dtypes"]) == ["bfloat16"]
-    assert found["metadata"] == {"format": "pt"}

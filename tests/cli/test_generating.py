@@ -157,7 +157,7 @@ def test_new_tokens_end_with_the_first_end_of_sequence(model: Path) -> None:
 
 def test_commands_are_those_of_the_readme() -> None:
     names = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert names == {"demo", "generate", "inspect", "convert", "accuracy"}
+    assert names == {"demo", "generate", "accuracy", "inspect", "convert", "verify"}
 
 
 def test_checkpoint_errors_cross_the_process(model: Path, tmp_path: Path) -> None:

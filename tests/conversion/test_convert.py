@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 import subprocess
@@ -13,10 +12,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from conversion import convert
 from opt_core import CheckpointError, ConfigError, InputError, OPTConfig
-from opt_core.checkpoints import CheckpointReader, CheckpointWriter, LazyTensor
+from opt_core.checkpoints import CheckpointReader
 
 FORMATS = Path(__file__).parent.parent / "golden" / "formats"
 READABLE = (
@@ -67,14 +67,15 @@ def test_shards_dtype_and_progress(tmp_path: Path) -> None:
     assert "model.safetensors.index.json" in names and "model-00001-of-00004.safetensors" in names
     assert {a.dtype for a in tensors(tmp_path / "out").values()} == {np.dtype(ml_dtypes.bfloat16)}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert len(seen) == done.tensors and seen[-1] == (done.nbytes, done.nbytes)
+    total = done.plan.bytes_written
+    assert seen[0] == (0, total) and seen[-1] == (total, total) and seen == sorted(seen)
 
 
 def test_tokenizer_and_generation_files_come_along(source: Path, tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text('{"a": 1}')
     (source / "generation_config.json").write_text('{"max_length": 7}')
     done = convert(source, tmp_path / "out")
-    assert set(done.copied) == {"generation_config.json", "tokenizer.json"}
+    assert set(done.plan.copied) == {"generation_config.json", "tokenizer.json"}
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"a": 1}'
 
 
@@ -97,41 +98,6 @@ def test_texts_of_a_former_model_go(source: Path, tmp_path: Path) -> None:
     convert(source, target, overwrite=True)
     names = {path.name for path in target.iterdir()}
     assert names == {"config.json", "model.safetensors", "note.txt", "vocab.json"}
-
-
-def test_a_full_disk_leaves_the_target_as_it_was(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (source / "vocab.json").write_text("{}")
-    target = shutil.copytree(FORMATS / "post_norm" / "safetensors", tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in target.iterdir()}
-
-    def full(path: Path, content: bytes) -> None:
-        if "vocab" in path.name:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        path.write_bytes(content)
-
-    monkeypatch.setattr(sys.modules[convert.__module__], "atomic_write", full)
-    for folder in (target, tmp_path / "new"):
-        with pytest.raises(OSError, match="No space left"):
-            convert(source, folder, overwrite=True)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
-    assert not (tmp_path / "new").exists()
-
-
-def test_weights_that_get_no_names_leave_the_target_as_it_was(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = shutil.copytree(FORMATS / "post_norm" / "safetensors", tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in target.iterdir()}
-
-    def full(writer: CheckpointWriter) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(CheckpointWriter, "_commit", full)
-    with pytest.raises(OSError, match="No space left"):
-        convert(source, target, overwrite=True)
-    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
 def test_names_of_targets(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,10 +127,7 @@ def test_a_value_beyond_float16_is_refused(source: Path, tmp_path: Path) -> None
     arrays = tensors(source)
     name = "model.decoder.layers.1.fc1.weight"
     arrays[name][0, 0] = 1e5
-    infos = [LazyTensor.from_array(key, array) for key, array in arrays.items()]
-    with CheckpointWriter(source, infos) as writer:
-        for key, array in arrays.items():
-            writer.write(key, array)
+    save_file(arrays, source / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"{name}: expected values that float16.*100000"):
         convert(source, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
@@ -176,15 +139,32 @@ def test_without_config(source: Path, tmp_path: Path) -> None:
         convert(source, tmp_path / "out")
 
 
-def test_a_head_of_another_class_is_not_lost_silently(source: Path, tmp_path: Path) -> None:
-    config = json.loads((source / "config.json").read_text())
-    config["architectures"] = ["OPTForSequenceClassification"]
-    (source / "config.json").write_text(json.dumps(config))
-    with (
-        pytest.warns(UserWarning, match="initialised anew"),
-        pytest.raises(CheckpointError, match=r"score\.weight is missing or of another class"),
-    ):
+def declare(folder: Path, architecture: str) -> None:
+    """Changes the class of model that a configuration names."""
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = [architecture]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_head_that_is_missing_is_reported(source: Path, tmp_path: Path) -> None:
+    declare(source, "OPTForSequenceClassification")
+    done = convert(source, tmp_path / "out")
+    assert done.plan.missing == ("score.weight",) and done.plan.dropped == ()
+    assert tensors(tmp_path / "out").keys() == tensors(source).keys()
+
+
+def test_a_head_of_another_class_is_not_lost_silently(tmp_path: Path) -> None:
+    source = shutil.copytree(FORMATS / "pre_norm" / "safetensors_untied", tmp_path / "source")
+    declare(source, "OPTForQuestionAnswering")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight belongs to another.*--architecture"):
         convert(source, tmp_path / "out")
+    done = convert(source, tmp_path / "out", architecture="OPTModel")
+    assert done.plan.dropped == ("lm_head.weight",) and done.plan.missing == ()
+    assert "lm_head.weight" not in tensors(tmp_path / "out")
+    config = OPTConfig.from_json_file(tmp_path / "out" / "config.json")
+    assert config.architectures == ("OPTModel",)
+    with pytest.raises(InputError, match="Unknown architecture 'GPT2Model': expected one of OPTM"):
+        convert(source, tmp_path / "no", architecture="GPT2Model")
 
 
 def test_module_command(source: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def foreign(dialect: Any, choice: int, config: OPTConfig = CONFIG) -> Arrays:
 
 
 @pytest.mark.parametrize("choice", [0, 1])
-@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_every_dialect_into_every_framework(
     opened: Any, dialect: Any, choice: int, framework: str
@@ -86,7 +86,35 @@ def test_every_dialect_into_every_framework(
         assert source.shape == expected[name].shape
 
 
-@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_names_in_files_of_a_bare_base_model() -> None:
+    """Flax's and Keras' models of that class have no `model` in their trees; in the other files it
+    does no harm, and other tools ask for it.
+    """
+    fc1 = next(param for param in param_table(CONFIG) if param.module.endswith("layers.1.fc1"))
+    names = {
+        "pt": "model.decoder.layers.1.fc1.weight",
+        "tf": "model/decoder/layers.1/fc1/kernel:0",
+        "flax": "model.decoder.layers.1.fc1.kernel",
+        "keras": "layers/tfopt_model/decoder/layers/opt_decoder_layer_1/fc1/vars/0",
+    }
+    bare = {
+        "pt": names["pt"],
+        "tf": names["tf"],
+        "flax": "decoder.layers.1.fc1.kernel",
+        "keras": "decoder/layers/opt_decoder_layer_1/fc1/vars/0",
+    }
+    assert {key: d.name(fc1, "OPTForCausalLM") for key, d in DIALECTS.items()} == names
+    assert {key: d.name(fc1, "OPTModel") for key, d in DIALECTS.items()} == bare
+
+
+def test_flax_parameters_saved_with_their_collection(opened: Any) -> None:
+    """People save `{"params": params}`, as `Module.init` returns them."""
+    arrays = {f"params.{name}": array for name, array in foreign(DIALECTS["flax"], 0).items()}
+    sources, report = match(CONFIG, "OPTForCausalLM", opened(arrays))
+    assert report == LoadReport() and sources.keys() == values().keys()
+
+
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
 def test_no_two_parameters_share_a_spelling(dialect: Any) -> None:
     config = CONFIG.replace(tie_word_embeddings=False)
     names = [name for param in param_table(config) for name in dialect.spellings(param)]
@@ -110,10 +138,9 @@ def test_names_of_the_first_conversions(opened: Any) -> None:
 
 
 def test_older_names_of_tensorflow_tables(opened: Any) -> None:
-    tf = next(dialect for dialect in DIALECTS if dialect.name == "tf")
     positions = param_table(CONFIG)[1]
     assert positions.name.endswith("embed_positions.weight")
-    names = tf.spellings(positions)
+    names = DIALECTS["tf"].spellings(positions)
     assert "model/decoder/embed_positions/embeddings:0" in names
     assert "model/decoder/embed_positions/weight:0" in names
 
@@ -150,8 +177,7 @@ def test_what_is_missing_unexpected_and_of_another_head(opened: Any) -> None:
 
 
 def check(report: LoadReport, **options: bool) -> None:
-    flags = {"ignore_mismatched_sizes": False, "tolerate": False, **options}
-    report.check(**flags, where="here")
+    report.check(where="here", **options)
 
 
 def test_what_a_report_says() -> None:
@@ -163,7 +189,8 @@ def test_what_a_report_says() -> None:
     with pytest.raises(CheckpointError, match="here does not fit the configuration:\n  c"):
         check(LoadReport(mismatched=("c",)), tolerate=True)
     with pytest.warns(UserWarning, match="here has no score.weight: initialised anew"):
-        check(LoadReport(missing_head=("score.weight",)))
+        LoadReport(missing_head=("score.weight",)).warn_of_new_head("here")
+    check(LoadReport(missing_head=("score.weight",)))
     tolerated = LoadReport(missing=("a",), missing_head=("h",), unexpected=("b",))
     check(tolerated, tolerate=True)
     check(LoadReport(mismatched=("c",)), ignore_mismatched_sizes=True)

@@ -31,7 +31,7 @@ def read(data: bytes) -> dict[str, NDArray[Any]]:
         path = Path(folder) / "model.safetensors"
         path.write_bytes(data)
         with CheckpointReader.open(path) as reader:
-            assert reader.format == "safetensors"
+            assert reader.container == "safetensors"
             return {name: tensor.read() for name, tensor in reader.items()}
 
 

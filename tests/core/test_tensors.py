@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from strategies import arrays, same
 
-from opt_core.checkpoints.tensors import FileSource, LazyTensor, TensorInfo
+from opt_core.checkpoints.sources import FileSource
+from opt_core.checkpoints.tensors import LazyTensor, TensorInfo
 from opt_core.errors import CheckpointError, FormatError, InputError
 
 ROOT = Path(__file__).parents[2]

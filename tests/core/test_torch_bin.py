@@ -51,7 +51,7 @@ def test_the_fixtures_are_there() -> None:
 def test_equal_to_what_torch_wrote(file: Path) -> None:
     wanted = expected(file)
     with CheckpointReader.open(file) as reader:
-        assert reader.format == "torch"
+        assert reader.container == "torch"
         assert reader.metadata == {}
         assert list(reader) == list(wanted)
         for name, tensor in reader.items():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from opt_core import InputError, UnsupportedError
+from opt_core import InputError
 from tests.backends.base import Backend
 from tests.cases import CASES, bits, case
 
@@ -100,8 +100,14 @@ def test_a_new_model_can_be_saved_and_loaded(backend: Backend, tmp_path: Path) -
     )
 
 
-def test_pickles_are_not_written(backend: Backend, models: Any, tmp_path: Path) -> None:
-    backend.save(models("pre_norm"), tmp_path, safe_serialization=True)
-    with pytest.raises(UnsupportedError, match="asks for pytorch_model.bin"):
-        backend.save(models("pre_norm"), tmp_path / "other", safe_serialization=False)
-    assert not (tmp_path / "other").exists()
+def test_not_safetensors_but_the_framework_s_own(backend: Backend, tmp_path: Path) -> None:
+    """What code written for transformers asks for by safe_serialization=False."""
+    own = {"torch": "pytorch_model.bin", "tf": "tf_model.h5", "flax": "flax_model.msgpack"}
+    model = backend.load(case("post_norm").folder)
+    before = bits(backend.canonical_weights(model))
+    backend.save(model, tmp_path, safe_serialization=True)
+    assert (tmp_path / "model.safetensors").is_file()
+    backend.save(model, tmp_path, safe_serialization=False)
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"config.json", "generation_config.json", own[backend.name]}
+    assert bits(backend.canonical_weights(backend.load(tmp_path))) == before

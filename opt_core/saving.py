@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From parameters, wherever their values lie, to the files of a format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opt_core.checkpoints import CheckpointWriter, TensorInfo
+from opt_core.checkpoints.output import Blocks, nbytes
+from opt_core.formats import Format
+from opt_core.loading import Source
+from opt_core.params import Param
+
+#: Called with the bytes written so far and the bytes of all.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A parameter to be written: in which dtype, and a function that says where its values lie."""
+
+    param: Param
+    dtype: np.dtype[Any]
+    source: Callable[[], Source]
+
+    def info(self, format: Format, architecture: str, folder: Path) -> TensorInfo:
+        """The tensor that it becomes in files of that format."""
+        dialect, param = format.dialect, self.param
+        shape = param.shape[::-1] if dialect.transposed(param) else param.shape
+        return TensorInfo(dialect.name(param, architecture), self.dtype, shape, folder)
+
+
+def write_weights(
+    folder: Path,
+    outgoing: Sequence[Outgoing],
+    format: Format,
+    architecture: str,
+    *,
+    max_shard_size: int | str = "5GB",
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Writes the weights of one model into a folder, one tensor in memory at a time.
+
+    Files that are complete in the folder already are kept.
+
+    Raises:
+        InputError: a size that cannot be read, or a dtype that the format has no place for.
+        CheckpointError: a value that its new dtype cannot hold.
+        OSError: as the system says.
+    """
+    infos = [out.info(format, architecture, folder) for out in outgoing]
+    total = sum(map(nbytes, infos))
+    with CheckpointWriter(
+        folder, infos, format.layout, max_shard_size=max_shard_size, keep_complete=True
+    ) as writer:
+        missing = writer.missing
+        done = sum(nbytes(info) for info in infos if info.name not in missing)
+        progress(done, total)
+        for out, info in zip(outgoing, infos, strict=True):
+            if info.name not in missing:
+                continue
+            turned = format.dialect.transposed(out.param)
+            blocks = out.source().blocks(turned, out.dtype)
+            writer.write(info.name, _counted(blocks, done, total, progress))
+            done += nbytes(info)
+
+
+def _counted(blocks: Blocks, done: int, total: int, progress: Progress) -> Blocks:
+    for block in blocks:
+        yield block
+        done += block.nbytes
+        progress(done, total)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several files that appear in a directory together or not at all, whatever happens meanwhile.
+
+They are written into a hidden folder. Where the directory does not exist yet, that folder stands
+beside it and gets its name in the end: one rename. Otherwise it stands inside, a rename declares it
+complete, and then its files move to their places one by one; if that is interrupted, whoever opens
+the directory next completes it, so the former files are never mixed with the new ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from opt_core.errors import FormatError, InputError
+from opt_core.files import atomic_write, parse_json_object, plain_name, remove, sync_directory
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nothing tells a running save from a dead one
+    fcntl = None  # type: ignore[assignment]
+
+PARTIAL = ".opt-zoo-partial"
+COMPLETE = ".opt-zoo-complete"
+_PLAN = ".plan"
+_MOVES = ".moves.json"
+
+
+@contextmanager
+def staged(
+    directory: Path,
+    *,
+    obsolete: Callable[[str], bool],
+    plan: str = "",
+    resume: bool = False,
+) -> Iterator[Path]:
+    """Give a folder to write into; at a good end what it holds is in `directory`.
+
+    Args:
+        directory: made if need be.
+        obsolete: whether a file of that name in the directory belongs to what is replaced; it goes.
+        plan: describes what will be written.
+        resume: keeps the folder after a failure, and begins with that of an earlier try if its plan
+            was the same.
+
+    Raises:
+        InputError: a directory that is a file, or that another process is saving into.
+        OSError: as the system says; then the directory is as it was.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: expected a directory to save into, found a file.")
+    complete(directory)
+    with ExitStack() as held, ExitStack() as undo:
+        folder = _make_folder(directory, undo)
+        _lock(folder, held)
+        _empty(folder, unless=plan if resume else None)
+        if resume:
+            atomic_write(folder / _PLAN, plan)
+        else:
+            undo.callback(remove, folder)
+        yield folder
+        (folder / _PLAN).unlink(missing_ok=True)
+        sync_directory(folder)
+        if folder.parent == directory:
+            _declare_complete(folder, directory, obsolete)
+        else:
+            os.rename(folder, directory)
+            sync_directory(directory.parent)
+        undo.pop_all()
+    complete(directory)
+
+
+def complete(directory: Path) -> None:
+    """Finish what was written whole but not moved to its places when its process died.
+
+    Raises FormatError for a folder that no save of ours has left, OSError where nothing can be
+    moved.
+    """
+    folder = directory / COMPLETE
+    if not folder.is_dir():
+        return
+    moves = folder / _MOVES
+    if moves.exists():
+        content = parse_json_object(moves.read_bytes(), str(moves))
+        files, gone = content.get("files"), content.get("remove")
+        for names in (files, gone):
+            if not isinstance(names, list) or not all(plain_name(name) for name in names):
+                raise FormatError(
+                    f"{moves}: expected lists of file names, found {str(content)[:200]}. Remove "
+                    f"{folder}: no save of opt-zoo has left it."
+                )
+        for name in gone:
+            remove(directory / name)
+        for name in files:
+            if (folder / name).is_dir():
+                remove(directory / name)
+            with suppress(FileNotFoundError):  # it was moved before
+                os.replace(folder / name, directory / name)
+    sync_directory(directory)
+    remove(folder)
+
+
+def _make_folder(directory: Path, undo: ExitStack) -> Path:
+    """Make the hidden folder, unless an earlier try has left it, and what leads there."""
+    if directory.is_dir():
+        folder = directory / PARTIAL
+    else:
+        folder = directory.parent / f".{directory.name}{PARTIAL}"
+        for parent in reversed([path for path in directory.parents if not path.exists()]):
+            parent.mkdir()
+            undo.callback(_remove_empty, parent)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _lock(folder: Path, held: ExitStack) -> None:
+    """Claim the folder for this process, until it ends or is done."""
+    if fcntl is None:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    held.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{folder.parent}: another process is saving here. Wait for it to end."
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
+def _empty(folder: Path, *, unless: str | None) -> None:
+    """Remove what an earlier try has left; if it had the plan, only what was half written."""
+    plan = folder / _PLAN
+    kept = unless is not None and plan.is_file() and plan.read_text() == unless
+    for entry in folder.iterdir():
+        half_written = entry.name.startswith(".") and entry != plan  # by atomic_write
+        if half_written or not kept:
+            remove(entry)
+
+
+def _declare_complete(folder: Path, directory: Path, obsolete: Callable[[str], bool]) -> None:
+    files = sorted(entry.name for entry in folder.iterdir())
+    former = {entry.name for entry in directory.iterdir() if obsolete(entry.name)}
+    moves = {"files": files, "remove": sorted(former.difference(files))}
+    atomic_write(folder / _MOVES, json.dumps(moves))
+    os.rename(folder, directory / COMPLETE)
+    sync_directory(directory)
+
+
+def _remove_empty(directory: Path) -> None:
+    with suppress(OSError):  # somebody else has put something there meanwhile
+        directory.rmdir()
