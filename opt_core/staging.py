@@ -47,7 +47,8 @@ def staged(
             was the same.
 
     Raises:
-        InputError: a directory that is a file, or that another process is saving into.
+        InputError: a directory that is a file, that another process is saving into, or that holds
+            a folder where a file is to be.
         OSError: as the system says; then the directory is as it was.
     """
     if directory.exists() and not directory.is_dir():
@@ -144,6 +145,11 @@ def _empty(folder: Path, *, unless: str | None) -> None:
 
 def _declare_complete(folder: Path, directory: Path, obsolete: Callable[[str], bool]) -> None:
     files = sorted(entry.name for entry in folder.iterdir())
+    for name in files:  # one that could not take its place would hold up all others
+        there = directory / name
+        if there.exists() and there.is_dir() != (folder / name).is_dir():
+            wanted, found = ("folder", "file") if there.is_file() else ("file", "folder")
+            raise InputError(f"{there}: expected a {wanted}, found a {found}. Move it away.")
     former = {entry.name for entry in directory.iterdir() if obsolete(entry.name)}
     moves = {"files": files, "remove": sorted(former.difference(files))}
     atomic_write(folder / _MOVES, json.dumps(moves))

@@ -21,8 +21,6 @@ from opt_core.checkpoints.sources import FileSource
 from opt_core.errors import FormatError
 from opt_core.files import JSON_LIMIT, parse_json_object, plain_name
 
-SUFFIX = ".index.json"
-
 
 @dataclass(frozen=True)
 class CheckpointIndex:

@@ -7,7 +7,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from opt_core.checkpoints.hdf5_writer import create_keras_hdf5, create_tf_hdf5
+from opt_core.checkpoints.hdf5_writer import (
+    create_keras_hdf5,
+    create_tf_hdf5,
+    keras_index_key,
+    tf_index_key,
+)
 from opt_core.checkpoints.msgpack_writer import create_msgpack
 from opt_core.checkpoints.output import CreateFile
 from opt_core.checkpoints.safetensors_format import create_safetensors
@@ -70,6 +75,7 @@ TF_HDF5 = Layout(
     create_tf_hdf5,
     "tf_model-{number:05d}-of-{count:05d}.h5",
     "tf_model.h5.index.json",
+    index_key=tf_index_key,
     framework="tf",
 )
 MSGPACK = Layout(
@@ -86,6 +92,7 @@ KERAS = Layout(
     "model_{number:05d}.weights.h5",
     "model.weights.json",
     first=0,
+    index_key=keras_index_key,
     framework="tf",
 )
 

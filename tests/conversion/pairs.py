@@ -12,6 +12,8 @@ from conversion import convert
 from opt_core.checkpoints import CheckpointReader
 from opt_core.formats import FORMATS
 
+MODELS = ("pre_norm", "post_norm")
+SIZES = ("5GB", "5KB")  # one file, and shards
 DTYPES = ("float32", "float16", "bfloat16")
 START, END = "<!-- pairs: made by docs/make_conversion.py -->", "<!-- end of pairs -->"
 
@@ -25,16 +27,18 @@ def bits(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
         }
 
 
-def there_and_back(source: Path, first: str, dtype: str, folder: Path) -> Iterator[tuple[str, bool]]:
+def there_and_back(
+    source: Path, first: str, dtype: str, size: str, folder: Path
+) -> Iterator[tuple[str, bool]]:
     """Converts a model to the format `first`, from there to each format, and from each back.
 
     Gives the name of each format, and whether what came back has the same names and bits.
     """
-    convert(source, folder / "first", to=first, dtype=dtype)
+    convert(source, folder / "first", to=first, dtype=dtype, max_shard_size=size)
     expected = bits(folder / "first")
     for second in FORMATS:
-        convert(folder / "first", folder / second, to=second)
-        convert(folder / second, folder / f"{second}-back", to=first)
+        convert(folder / "first", folder / second, to=second, max_shard_size=size)
+        convert(folder / second, folder / f"{second}-back", to=first, max_shard_size=size)
         yield second, bits(folder / f"{second}-back") == expected
 
 

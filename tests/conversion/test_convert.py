@@ -156,7 +156,9 @@ def test_a_head_that_is_missing_is_reported(source: Path, tmp_path: Path) -> Non
 def test_a_head_of_another_class_is_not_lost_silently(tmp_path: Path) -> None:
     source = shutil.copytree(FORMATS / "pre_norm" / "safetensors_untied", tmp_path / "source")
     declare(source, "OPTForQuestionAnswering")
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight belongs to another.*--architecture"):
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight belongs to another.*--architecture"
+    ):
         convert(source, tmp_path / "out")
     done = convert(source, tmp_path / "out", architecture="OPTModel")
     assert done.plan.dropped == ("lm_head.weight",) and done.plan.missing == ()
