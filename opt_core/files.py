@@ -99,7 +99,8 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
 
 def _distinct_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
-    "".join(result).encode()  # half a surrogate pair is no text: UnicodeEncodeError, a ValueError
+    texts = [*result, *(value for value in result.values() if isinstance(value, str))]
+    "".join(texts).encode()  # half a surrogate pair is no text: UnicodeEncodeError, a ValueError
     if len(result) != len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {twice!r} stands there twice")

@@ -10,6 +10,7 @@ from opt_core.checkpoints.layouts import (
     KERAS,
     LAYOUTS,
     MSGPACK,
+    ORBAX,
     SAFETENSORS,
     TF_HDF5,
     TORCH,
@@ -47,6 +48,7 @@ FORMATS: Mapping[str, Format] = {
     "keras": Format("model.weights.h5 of Keras 3", KERAS, _KERAS),
     "flax-safetensors": Format("safetensors with Flax's names", _safetensors("flax"), _FLAX),
     "msgpack": Format("flax_model.msgpack", MSGPACK, _FLAX),
+    "orbax": Format("a folder of arrays, as orbax saves them", ORBAX, _FLAX),
 }
 DEFAULT_FORMAT = "safetensors"
 

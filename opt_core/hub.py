@@ -17,7 +17,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from opt_core.checkpoints.layouts import Layout, in_order
 from opt_core.errors import HubError
+from opt_core.staging import complete
 
 TEXT_FILES = (
     "config.json",
@@ -29,12 +31,6 @@ TEXT_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-SAFETENSORS_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-)
-TORCH_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
 
 _WORD = r"[\w-][\w.-]*"
 _NAME = re.compile(f"{_WORD}(/{_WORD})?", re.ASCII)
@@ -55,9 +51,12 @@ def resolve(
 ) -> Path:
     """Return the directory with a model's files, fetched from the hub unless it is a local one.
 
-    From the hub come the configuration, the tokenizer and, with `weights`, the safetensors files;
-    the torch files only where there are none. `local_files_only` looks into the cache and asks no
-    network. Raises HubError, which says what was tried and what to do.
+    Where a save into a local one was interrupted when all was written, it is completed first.
+
+    From the hub come the configuration, the tokenizer and, with `weights`, the weights of one kind:
+    the first in the order of `LAYOUTS` that the model has, those of the framework `prefer` ("pt",
+    "tf", "flax") before the others. `local_files_only` looks into the cache and asks no network.
+    Raises HubError, which says what was tried and what to do.
     """
     name = os.fspath(name_or_path)
     if not _FOLDER.fullmatch(subfolder):
@@ -66,6 +65,7 @@ def resolve(
     if name and local.is_dir():
         if not (local / subfolder).is_dir():
             raise HubError(f"{local}: expected a subfolder {subfolder!r}, found none. Check it.")
+        complete(local / subfolder)
         return local / subfolder
     if not name or local.exists() or not _NAME.fullmatch(name):
         found = "a file" if name and local.exists() else "neither"
@@ -84,17 +84,33 @@ def resolve(
     )
     if not weights:
         return fetch(TEXT_FILES, revision) / subfolder
-    snapshot = fetch(TEXT_FILES + SAFETENSORS_FILES, revision)
-    if not _holds(snapshot / subfolder, SAFETENSORS_FILES):
-        snapshot = fetch(TORCH_FILES, snapshot.name)  # a snapshot is named by its commit
-        if not _holds(snapshot / subfolder, TORCH_FILES):
-            raise HubError(
-                f"{_label(name, revision, subfolder)}: expected model.safetensors or "
-                f"pytorch_model.bin, whole or in shards, found neither in {snapshot / subfolder}. "
-                "Check the name, the revision and the subfolder"
-                f"{', or allow the network to complete the cache' if local_files_only else ''}."
-            )
-    return snapshot / subfolder
+    offline = local_files_only or constants.HF_HUB_OFFLINE
+    problem: HubError | None = None
+    layouts, commit = in_order(prefer), revision
+    for layout in layouts:
+        try:
+            snapshot = fetch(TEXT_FILES + _patterns(layout), commit)
+        except HubError as error:
+            if not offline or not isinstance(error.__cause__, LocalEntryNotFoundError):
+                raise
+            problem = problem or error  # this kind is not whole in the cache, another may be
+            continue
+        if _holds(snapshot / subfolder, _patterns(layout)):
+            return snapshot / subfolder
+        commit = snapshot.name  # what the revision is now, should it move meanwhile
+    raise problem or HubError(
+        f"{_label(name, revision, subfolder)}: expected weights as "
+        f"{', '.join(layout.single for layout in layouts)} or in shards, found none of them. Check "
+        "the name, the revision and the subfolder"
+        f"{', or allow the network to complete the cache' if offline else ''}."
+    )
+
+
+def _patterns(layout: Layout) -> tuple[str, ...]:
+    """What the files of a layout are called, with "*" for numbers; the single one may be a folder."""
+    shards = re.sub(r"\{.*?\}", "*", layout.shard)
+    names = (layout.single, f"{layout.single}/*", layout.index, shards)
+    return tuple(name for name in names if name)
 
 
 def _fetch(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,10 +19,8 @@ from pathlib import Path
 from opt_core.errors import FormatError, InputError
 from opt_core.files import atomic_write, parse_json_object, plain_name, remove, sync_directory
 
-try:
+if sys.platform != "win32":  # there nothing tells a running save from a dead one
     import fcntl
-except ImportError:  # not on Windows: there nothing tells a running save from a dead one
-    fcntl = None  # type: ignore[assignment]
 
 PARTIAL = ".opt-zoo-partial"
 COMPLETE = ".opt-zoo-complete"
@@ -85,14 +84,7 @@ def complete(directory: Path) -> None:
         return
     moves = folder / _MOVES
     if moves.exists():
-        content = parse_json_object(moves.read_bytes(), str(moves))
-        files, gone = content.get("files"), content.get("remove")
-        for names in (files, gone):
-            if not isinstance(names, list) or not all(plain_name(name) for name in names):
-                raise FormatError(
-                    f"{moves}: expected lists of file names, found {str(content)[:200]}. Remove "
-                    f"{folder}: no save of opt-zoo has left it."
-                )
+        files, gone = _read_moves(moves)
         for name in gone:
             remove(directory / name)
         for name in files:
@@ -102,6 +94,19 @@ def complete(directory: Path) -> None:
                 os.replace(folder / name, directory / name)
     sync_directory(directory)
     remove(folder)
+
+
+def _read_moves(file: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the files that come, and of those that go."""
+    content = parse_json_object(file.read_bytes(), str(file))
+    lists = [content.get("files"), content.get("remove")]
+    match lists:
+        case [list(files), list(gone)] if all(map(plain_name, files + gone)):
+            return files, gone
+    raise FormatError(
+        f"{file}: expected lists of file names, found {str(content)[:200]}. Remove {file.parent}: no "
+        "save of opt-zoo has left it."
+    )
 
 
 def _make_folder(directory: Path, undo: ExitStack) -> Path:
@@ -119,18 +124,17 @@ def _make_folder(directory: Path, undo: ExitStack) -> Path:
 
 def _lock(folder: Path, held: ExitStack) -> None:
     """Claim the folder for this process, until it ends or is done."""
-    if fcntl is None:
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    held.callback(os.close, descriptor)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"{folder.parent}: another process is saving here. Wait for it to end."
-        ) from None
-    except OSError:  # a file system without locks
-        return
+    if sys.platform != "win32":
+        descriptor = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder.parent}: another process is saving here. Wait for it to end."
+            ) from None
+        except OSError:  # a file system without locks
+            return
 
 
 def _empty(folder: Path, *, unless: str | None) -> None:

@@ -14,6 +14,7 @@ from opt_core.checkpoints.hdf5_writer import (
     tf_index_key,
 )
 from opt_core.checkpoints.msgpack_writer import create_msgpack
+from opt_core.checkpoints.orbax_writer import create_orbax
 from opt_core.checkpoints.output import CreateFile
 from opt_core.checkpoints.safetensors_format import create_safetensors
 from opt_core.checkpoints.torch_writer import create_torch_zip
@@ -95,9 +96,11 @@ KERAS = Layout(
     index_key=keras_index_key,
     framework="tf",
 )
+#: A folder of many files; it has no shards.
+ORBAX = Layout("orbax", create_orbax, framework="flax")
 
 #: In the order in which a directory is searched.
-LAYOUTS = (SAFETENSORS, TORCH, TF_HDF5, MSGPACK, KERAS)
+LAYOUTS = (SAFETENSORS, TORCH, TF_HDF5, MSGPACK, KERAS, ORBAX)
 
 
 def in_order(prefer: str | None = None) -> list[Layout]:

@@ -13,6 +13,7 @@ from typing import Self
 from opt_core.checkpoints.containers import recognise
 from opt_core.checkpoints.index import CheckpointIndex
 from opt_core.checkpoints.layouts import in_order
+from opt_core.checkpoints.orbax_format import find_orbax, read_orbax
 from opt_core.checkpoints.sources import FileSource
 from opt_core.checkpoints.tensors import LazyTensor
 from opt_core.errors import CheckpointError, FormatError
@@ -61,6 +62,11 @@ class CheckpointReader(Mapping[str, LazyTensor]):
             raise _nothing_in(path)
         if not found.exists():
             raise CheckpointError(f"{path}: expected a file or a directory, found none there.")
+        if found.is_dir():
+            folder = find_orbax(found) or found
+            tensors, metadata = read_orbax(folder)
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            return cls("orbax", tensors, metadata=metadata, files=files)
         index = CheckpointIndex.read(found) if found.suffix == ".json" else None
         with ExitStack() as undo:
             sources = [
@@ -87,7 +93,8 @@ class CheckpointReader(Mapping[str, LazyTensor]):
             more, said = kinds[source.path.name].read(source)
             tensors += more
             metadata.update(said)
-        return cls(*names, tensors, sources, metadata)
+        (container,) = names
+        return cls(container, tensors, sources, metadata)
 
     @property
     def files_open(self) -> int:
@@ -129,9 +136,13 @@ class CheckpointReader(Mapping[str, LazyTensor]):
 
 
 def find_weights(directory: Path, prefer: str | None = None) -> Path | None:
-    """Return the file, index or folder in a directory to begin with; None if there is none."""
+    """Return the file, index or folder in a directory to begin with; None if there is none.
+
+    It may be the directory itself, or a folder in it of another name, where orbax has written it.
+    """
     names = [name for layout in in_order(prefer) for name in (layout.single, layout.index) if name]
-    return next((directory / name for name in names if (directory / name).exists()), None)
+    files = (directory / name for name in names)
+    return next((f for f in files if f.exists()), None) or find_orbax(directory)
 
 
 def _nothing_in(directory: Path) -> CheckpointError:

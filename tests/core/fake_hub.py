@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model hub on loopback: enough of the protocol for huggingface_hub to download from it."""
+"""A model hub on loopback: enough of the protocol for huggingface_hub to download from it.
+
+It can also fail and lie: a `Fault` says how, file by file.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,24 @@ _NAME = r"([\w.-]+(?:/[\w.-]+)?)"
 _INFO = re.compile(rf"/api/models/{_NAME}(?:/revision/([^/]+))?")
 _TREE = re.compile(rf"/api/models/{_NAME}/tree/([^/]+)")
 _FILE = re.compile(rf"/{_NAME}/resolve/([^/]+)/(.+)")
+_RANGE = re.compile(r"bytes=(\d+)-")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What the hub does wrong with a file.
+
+    Attributes:
+        tree, head, get: bytes added to its size in the list of files, before and with the download.
+        stop: the connection breaks when so many bytes of the file have been sent.
+        silent: the connection does not break then, but nothing more comes.
+    """
+
+    tree: int = 0
+    head: int = 0
+    get: int = 0
+    stop: int | None = None
+    silent: bool = False
 
 
 @dataclass
@@ -26,11 +47,16 @@ class FakeRepo:
     files: dict[str, bytes]
     gated: bool = False
     branches: tuple[str, ...] = ("main",)
+    faults: dict[str, Fault] = field(default_factory=dict)
 
     @property
     def sha(self) -> str:
         """What stands for the commit."""
         return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+
+    def fault(self, path: str) -> Fault:
+        """What goes wrong with a file."""
+        return self.faults.get(path, Fault())
 
 
 @dataclass
@@ -39,6 +65,7 @@ class FakeHub:
 
     repos: dict[str, FakeRepo]
     requests: list[str] = field(default_factory=list)
+    closing: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Self:
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -55,9 +82,16 @@ class FakeHub:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.closing.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+    def fetched(self, name: str) -> list[str]:
+        """The files of a model that were asked for, each once, sorted."""
+        start = f"GET /{name}/resolve/"
+        paths = [request for request in self.requests if request.startswith(start)]
+        return sorted({path.removeprefix(start).partition("/")[2] for path in paths})
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -93,7 +127,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, name: str, repo: FakeRepo) -> None:
         self._json(
             [
-                {"type": "file", "path": path, "size": len(data), "oid": _digest(data)}
+                {
+                    "type": "file",
+                    "path": path,
+                    "size": len(data) + repo.fault(path).tree,
+                    "oid": _digest(data),
+                }
                 for path, data in repo.files.items()
             ]
         )
@@ -103,8 +142,19 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(403, "GatedRepo", "Access to this model is restricted")
         if path not in repo.files:
             return self._refuse(404, "EntryNotFound", "Entry not found")
-        data = repo.files[path]
-        return self._send(200, data, {"X-Repo-Commit": repo.sha, "ETag": f'"{_digest(data)}"'})
+        data, fault = repo.files[path], repo.fault(path)
+        headers = {"X-Repo-Commit": repo.sha, "ETag": f'"{_digest(data)}"'}
+        if self.command == "HEAD":
+            return self._send(200, b"", headers, len(data) + fault.head)
+        match = _RANGE.match(self.headers.get("Range", ""))
+        start = int(match[1]) if match else 0
+        announced = len(data) + fault.get
+        if match:
+            headers["Content-Range"] = f"bytes {start}-{announced - 1}/{announced}"
+        if start > len(data) or (match and start == len(data)):
+            return self._refuse(416, "RangeNotSatisfiable", "There is no more")
+        body = data[start : None if fault.stop is None else max(fault.stop, start)]
+        return self._send(206 if match else 200, body, headers, announced - start, fault.silent)
 
     def _json(self, content: object) -> None:
         self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
@@ -112,13 +162,26 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: int, code: str, message: str) -> None:
         self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": message})
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+    def _send(
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str],
+        announced: int | None = None,
+        silent: bool = False,
+    ) -> None:
+        """Answer; a body that is not as long as announced ends the connection."""
+        length = len(body) if announced is None else announced
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        for name, value in {**headers, "Content-Length": str(length)}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+            self.close_connection = len(body) != length
+            if silent and self.close_connection:
+                self.wfile.flush()
+                self.hub.closing.wait()
 
 
 def _digest(data: bytes) -> str:
