@@ -10,6 +10,7 @@ import numpy as np
 
 from opt_core import OPTConfig
 from opt_core.checkpoints import CheckpointWriter, TensorInfo
+from opt_core.dtypes import MODEL_DTYPES
 from opt_core.params import Kind, Param, param_table
 
 #: Mean and standard deviation by kind: norms and biases are far from their initial values.
@@ -33,13 +34,18 @@ def random_values(param: Param, seed: int, scale: float = 1.0) -> np.ndarray:
 
 
 def write_random_checkpoint(
-    directory: Path, config: OPTConfig, *, seed: int = 0, scale: float = 1.0
+    directory: Path,
+    config: OPTConfig,
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    dtype: str = "float32",
 ) -> None:
-    """Writes config.json and float32 weights of an `OPTForCausalLM`, one tensor in memory."""
+    """Writes config.json and the weights of an `OPTForCausalLM`, one tensor in memory."""
     directory.mkdir(parents=True, exist_ok=True)
     table = param_table(config)
-    infos = [TensorInfo(p.name, np.dtype(np.float32), p.shape, directory) for p in table]
+    infos = [TensorInfo(p.name, MODEL_DTYPES[dtype], p.shape, directory) for p in table]
     with CheckpointWriter(directory, infos) as writer:
-        for param in table:
-            writer.write(param.name, random_values(param, seed, scale))
-    config.replace(architectures=["OPTForCausalLM"]).save_pretrained(directory)
+        for param, info in zip(table, infos, strict=True):
+            writer.write(param.name, random_values(param, seed, scale).astype(info.dtype))
+    config.replace(architectures=["OPTForCausalLM"], torch_dtype=dtype).save_pretrained(directory)

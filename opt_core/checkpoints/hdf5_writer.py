@@ -160,6 +160,7 @@ def _reserve(h5py: Any, file: Any, place: str, info: TensorLike) -> int:
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)  # the same tensors make the same bytes
     brief = info.dtype == BFLOAT16  # HDF5 has none: Keras stores two bytes and says what they are
     kind = h5py.h5t.py_create(np.dtype("V2") if brief else info.dtype, logical=True)
     parents = h5py.h5p.create(h5py.h5p.LINK_CREATE)

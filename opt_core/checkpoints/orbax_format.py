@@ -34,7 +34,7 @@ _UNFINISHED = re.compile(r"^\.|\.orbax-checkpoint-tmp")
 _SMALL = 2**25
 _RATIO = 20  # of bytes declared to bytes stored; trained weights take at least half their size
 _FEW = 1000
-_MEAN = 1024  # bytes stored for each compressed chunk: to decode one takes a while, however small
+_MEAN = 64  # bytes stored for each compressed chunk: to decode one takes a while, however small
 
 
 def find_orbax(path: str | os.PathLike[str]) -> Path | None:

@@ -161,10 +161,10 @@ def save(path: Path, value: Any) -> None:
 def save_program(path: Path, program: bytes, storages: Sequence[NDArray[Any]]) -> None:
     """Write a pickle and the storages that it mentions."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", program)
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), program)
         for key, array in enumerate(storages):
-            archive.writestr(f"archive/data/{key}", array.tobytes())
-        archive.writestr("archive/version", "3\n")
+            archive.writestr(zipfile.ZipInfo(f"archive/data/{key}"), array.tobytes())
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
 # --- models -------------------------------------------------------------------------------------

@@ -285,18 +285,19 @@ def attempt(tmp_path: Path) -> Callable[[bytes], Arrays | None]:
     return attempt
 
 
-def test_every_truncation(small: bytes, attempt: Callable[[bytes], Arrays | None]) -> None:
+def test_truncations(small: bytes, attempt: Callable[[bytes], Arrays | None]) -> None:
+    """Every seventh; those at every byte are in tests/fuzz."""
     assert attempt(small) is not None
-    for length in range(len(small)):
+    for length in range(0, len(small), 7):
         assert attempt(small[:length]) is None
-        if length >= 48 and length % 5 == 0:  # the superblock says so, too
+        if length >= 48:  # the superblock says so, too
             attempt(small[:40] + struct.pack("<Q", length) + small[48:length])
 
 
 def test_flipped_bits(small: bytes, attempt: Callable[[bytes], Arrays | None]) -> None:
     choose = random.Random(0)
     outcomes = set()
-    for place in range(len(small)):
+    for place in range(0, len(small), 5):
         data = bytearray(small)
         for other in (place, choose.randrange(len(small)))[: choose.randint(1, 2)]:
             data[other] ^= 1 << choose.randrange(8)
