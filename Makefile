@@ -13,7 +13,7 @@ PEERS := hf437 hf457 hf5 ct2
 PEERS_READY := $(PEERS:%=$(ENVIRONMENTS)/%/.ready)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow oracle golden lint format typecheck docs train-sums accuracy memory wheel clean
+.PHONY: help demo test test-slow oracle golden lint format typecheck docs train-sums accuracy memory fuzz conversion wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -45,17 +45,24 @@ format: $(READY)  ## let ruff format the code and put imports in order
 typecheck: $(READY)  ## mypy
 	$(BIN)/mypy
 
-docs: $(READY)  ## write docs/weights.md from the parameter table
+docs: $(READY)  ## write docs/weights.md from the parameter table, and the pairs of formats
 	$(BIN)/python docs/make_weights.py
+	$(BIN)/python docs/make_conversion.py
 
 train-sums: $(READY)  ## train the embedded model anew (about ten minutes on one core)
 	$(BIN)/python examples/train_tiny_sums.py
+
+fuzz: $(READY)  ## 200,000 damaged files through every reader (about four minutes)
+	$(BIN)/python -m tests.fuzz.run --inputs 200000 --jobs 2
 
 accuracy: $(READY)  ## the embedded model on every held-out problem, in the three frameworks
 	$(BIN)/opt-zoo accuracy
 
 memory: $(READY)  ## peak memory and seconds of from_pretrained in the three frameworks
 	$(BIN)/python benchmarks/loading_memory.py
+
+conversion: $(READY)  ## memory and seconds of converting opt-1.3b between every two formats (10 GB of disk)
+	$(BIN)/python benchmarks/conversion.py
 
 wheel: $(READY)  ## build dist/*.whl and the source archive
 	$(BIN)/python -m build

@@ -17,7 +17,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from opt_core.errors import FormatError, InputError
-from opt_core.files import atomic_write, parse_json_object, plain_name, remove, sync_directory
+from opt_core.files import (
+    JSON_LIMIT,
+    atomic_write,
+    parse_json_object,
+    plain_name,
+    remove,
+    sync_directory,
+)
 
 if sys.platform != "win32":  # there nothing tells a running save from a dead one
     import fcntl
@@ -55,7 +62,7 @@ def staged(
     complete(directory)
     with ExitStack() as held, ExitStack() as undo:
         folder = _make_folder(directory, undo)
-        _lock(folder, held)
+        _claim(folder, held)
         _empty(folder, unless=plan if resume else None)
         if resume:
             atomic_write(folder / _PLAN, plan)
@@ -80,8 +87,15 @@ def complete(directory: Path) -> None:
     moved.
     """
     folder = directory / COMPLETE
-    if not folder.is_dir():
-        return
+    _refuse_link(folder)
+    while folder.is_dir():
+        with ExitStack() as held:
+            if _lock(folder, held, wait=True):  # else another process has done it meanwhile
+                _move(folder, directory)
+
+
+def _move(folder: Path, directory: Path) -> None:
+    """Move the files of a complete folder to their places, as far as they are not there."""
     moves = folder / _MOVES
     if moves.exists():
         files, gone = _read_moves(moves)
@@ -98,6 +112,9 @@ def complete(directory: Path) -> None:
 
 def _read_moves(file: Path) -> tuple[list[str], list[str]]:
     """Return the names of the files that come, and of those that go."""
+    _refuse_link(file)
+    if not file.is_file() or file.stat().st_size > JSON_LIMIT:
+        raise FormatError(f"{file}: expected a small file. Remove {file.parent}.")
     content = parse_json_object(file.read_bytes(), str(file))
     lists = [content.get("files"), content.get("remove")]
     match lists:
@@ -118,23 +135,39 @@ def _make_folder(directory: Path, undo: ExitStack) -> Path:
         for parent in reversed([path for path in directory.parents if not path.exists()]):
             parent.mkdir()
             undo.callback(_remove_empty, parent)
+    _refuse_link(folder)
     folder.mkdir(exist_ok=True)
     return folder
 
 
-def _lock(folder: Path, held: ExitStack) -> None:
-    """Claim the folder for this process, until it ends or is done."""
-    if sys.platform != "win32":
+def _claim(folder: Path, held: ExitStack) -> None:
+    try:
+        ours = _lock(folder, held, wait=False)
+    except BlockingIOError:
+        ours = False
+    if not ours:
+        raise InputError(f"{folder.parent}: another process is saving here. Wait for it to end.")
+
+
+def _lock(folder: Path, held: ExitStack, *, wait: bool) -> bool:
+    """Claim the folder for this process, until it ends or is done; tell whether it is still there.
+
+    Raises BlockingIOError if another process has it, unless told to wait.
+    """
+    if sys.platform == "win32":
+        return True
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
         held.callback(os.close, descriptor)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise InputError(
-                f"{folder.parent}: another process is saving here. Wait for it to end."
-            ) from None
+            raise
         except OSError:  # a file system without locks
-            return
+            return True
+        return os.path.samestat(os.fstat(descriptor), folder.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _empty(folder: Path, *, unless: str | None) -> None:
@@ -159,6 +192,12 @@ def _declare_complete(folder: Path, directory: Path, obsolete: Callable[[str], b
     atomic_write(folder / _MOVES, json.dumps(moves))
     os.rename(folder, directory / COMPLETE)
     sync_directory(directory)
+
+
+def _refuse_link(path: Path) -> None:
+    """Raise FormatError for a link, which would lead out of the directory."""
+    if path.is_symlink():
+        raise FormatError(f"{path}: found a link, which no save of opt-zoo has left. Remove it.")
 
 
 def _remove_empty(directory: Path) -> None:

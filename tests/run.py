@@ -22,7 +22,16 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parent.parent
 BACKENDS = ("torch", "tf", "flax")
 LONGEST_FIRST = ("flax", "tf", "neutral", "torch", "mypy", "ruff", "format")
-NEUTRAL = ("core", "reference", "architecture", "conversion", "cli", "docs")
+NEUTRAL = (
+    "core",
+    "reference",
+    "architecture",
+    "conversion",
+    "cli",
+    "docs",
+    "faults",
+    "fuzz",
+)
 #: Two threads each, as on the smallest machine; TensorFlow's messages would hide the tests' own.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "2",

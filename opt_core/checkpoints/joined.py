@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from opt_core.checkpoints.tensors import LazyTensor, TensorInfo, empty_aligned
 from opt_core.errors import FormatError
 
+_PIECE = 2**20
+"""Bytes that are read at a time before they are put in their place."""
+
 
 class JoinedTensor(LazyTensor):
     """The tensor `info` made of `parts` that stand side by side along dimension `dim`.
@@ -41,11 +44,9 @@ class JoinedTensor(LazyTensor):
         return self.read()
 
     def read(self) -> NDArray[Any]:
-        """Return a fresh private array in C order, aligned; a block of a part is held beside it."""
+        """Return a fresh private array in C order, aligned; a megabyte or two is held beside it."""
         out = empty_aligned(self.shape, self.dtype)
-        target = out.reshape(-1) if self._dim is None else out
-        for place, part in self._pieces(target.shape[self._axis]):
-            _fill(target[place], part)
+        self._fill(out)
         return out
 
     def read_slice(self, dim: int, start: int, stop: int) -> NDArray[Any]:
@@ -101,6 +102,12 @@ class JoinedTensor(LazyTensor):
             and shape[rest] == self.shape[rest]
         )
 
+    def _fill(self, out: NDArray[Any]) -> None:
+        """Read the values into `out`, which is one run of memory if the parts are flat."""
+        target = out.reshape(-1) if self._dim is None else out
+        for place, part in self._pieces(target.shape[self._axis]):
+            _fill(target[place], part)
+
     def _along(self, start: int, stop: int) -> tuple[slice, ...]:
         return (slice(None),) * self._axis + (slice(start, stop),)
 
@@ -132,11 +139,14 @@ class JoinedTensor(LazyTensor):
 
 
 def _fill(target: NDArray[Any], part: LazyTensor) -> None:
-    """Read a part into its place, block by block."""
+    """Read a part into its place: parts of parts straight there, else a little at a time."""
+    if isinstance(part, JoinedTensor) and (part._dim is not None or target.flags.c_contiguous):
+        part._fill(target)
+        return
     if not part.shape or not part.info.size:
         np.copyto(target, part.read())
         return
     done = 0
-    for block in part.blocks():
+    for block in part.blocks(_PIECE):
         target[done : done + len(block)] = block
         done += len(block)

@@ -9,20 +9,21 @@ padded to the same length everywhere. `shard_metadata` of each file says what is
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from opt_core.checkpoints.joined import JoinedTensor
 from opt_core.checkpoints.tensors import LazyTensor, TensorInfo
 from opt_core.errors import FormatError
 
-_WRAPPERS = frozenset(
-    {"_fsdp_wrapped_module", "_fpw_module"}
-)  # module names that FSDP puts between
+#: Names of the modules that FSDP puts around others.
+_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_fpw_module"})
 _MAX_LENGTH = 2**62
 _MAX_DIMS = 8
-_MAX_NAME = 1000
+_MAX_NAME = 200
 _MAX_TENSORS = 100_000  # a list can stand in a pickle a thousand times and be stored once
 
 
@@ -77,6 +78,10 @@ def parse_metadata(metadata: Any, where: object) -> tuple[Structure, tuple[int, 
             shared.append((_path(prefix, source, where), _path(prefix, copy, where)))
     if not all(type(count) is int and count >= 0 for count in padding):
         raise _unknown(where, "a padding that is no number >= 0")
+    for once in ([flat.key for flat in flats], [name for flat in flats for name in flat.names]):
+        if len(set(once)) < len(once):  # a module costs two bytes to repeat, and its pieces memory
+            twice = next(name for name, count in Counter(once).items() if count > 1)
+            raise _unknown(where, f"two parameters {twice!r}")
     return Structure(tuple(flats), tuple(shared)), tuple(padding)
 
 
@@ -117,8 +122,6 @@ def unflatten(
         whole = JoinedTensor(TensorInfo(flat.key, first.dtype, (flat.size,), first.file), pieces, 0)
         start = 0
         for name, shape in zip(flat.names, flat.shapes, strict=True):
-            if name in tensors:
-                raise FormatError(f"{where}: expected one parameter {name!r}, found two.")
             info = TensorInfo(name, first.dtype, shape, first.file)
             tensors[name] = JoinedTensor(info, [whole.rows(start, start + info.size)], None)
             start += info.size
@@ -133,6 +136,7 @@ def unflatten(
     return list(tensors.values())
 
 
+@lru_cache(maxsize=8192)  # a thousand files have the same names
 def clean(name: str) -> str:
     """Return a parameter's name without the names of the modules that FSDP wraps around others."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
@@ -171,9 +175,9 @@ def _list(value: Any, where: object, length: int | None = None) -> Sequence[Any]
 
 
 def _path(prefix: Any, name: Any, where: object) -> str:
-    texts = [text for text in (prefix, name) if isinstance(text, str) and len(text) <= _MAX_NAME]
-    if len(texts) != 2:
-        raise _unknown(where, "a name that is no text, or endless")
+    for text in (prefix, name):
+        if not isinstance(text, str) or len(text) > _MAX_NAME:
+            raise _unknown(where, "a name that is no text, or endless")
     return clean(f"{prefix}.{name}" if prefix else name)
 
 

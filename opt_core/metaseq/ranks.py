@@ -38,11 +38,13 @@ def read_parts(grid: Grid, pool: Pool) -> tuple[list[Tensors], Settings]:
     """
     parts: list[Tensors] = []
     settings: Settings = {}
+    updates: int | None = None
     for row in grid.rows:
         ranks: list[_Rank] = []
         for file in row:
             value, tensors = _read_file(pool.open(file))
             settings = settings or read_settings(value)
+            updates = _same_updates(updates, value, file)
             rank = _read_rank(value, tensors, grid, file)
             ranks.append(_checked(rank, ranks[0] if ranks else rank, file))
         parts.append(_merge(ranks, row[0]))
@@ -68,6 +70,19 @@ def _read_file(source: RestingSource) -> tuple[dict[str, Any], dict[str, LazyTen
     return value, tensors
 
 
+def _same_updates(updates: int | None, value: Mapping[str, Any], file: Path) -> int | None:
+    """Return the number of updates that the training run had made, which is that of all files."""
+    history = value.get("optimizer_history")
+    last = history[-1] if isinstance(history, list) and history else None
+    found = last.get("num_updates") if isinstance(last, dict) else None
+    if type(found) is not int or updates in (None, found):
+        return found if type(found) is int else updates
+    raise FormatError(
+        f"{file}: expected the checkpoint after {updates} updates, as in the first file, found one "
+        f"after {str(found)[:50]}. The files are not of one checkpoint: fetch them again."
+    )
+
+
 def _read_rank(value: Mapping[str, Any], tensors: Tensors, grid: Grid, file: Path) -> _Rank:
     """Tell a file's flat parameters, padding removed, from its other tensors."""
     metadata = value.get("shard_metadata")
@@ -76,6 +91,8 @@ def _read_rank(value: Mapping[str, Any], tensors: Tensors, grid: Grid, file: Pat
     padding: tuple[int, ...] = ()
     if metadata:
         structure, padding = parse_metadata(metadata, file)
+        if not flat and not any(flat.key in tensors for flat in structure.flats):
+            structure, padding = Structure(()), ()  # metaseq's scripts unflatten, and leave it
     elif flat:
         parts, shards = len(grid.rows), len(grid.rows[0])
         structure = imply_structure(flat, parts, shards, config_beside(grid.folder), file)
@@ -106,7 +123,7 @@ def _merge(ranks: Sequence[_Rank], file: Path) -> Tensors:
     if len(ranks) > 1 and not first.structure.flats:
         raise FormatError(
             f"{file}: expected shard_metadata, since there are "
-            f" {len(ranks)} shards, found none. Save the checkpoint with its metadata."
+            f"{len(ranks)} shards, and flat parameters, found none. Save the checkpoint with its metadata."
         )
     tensors = unflatten(first.structure, [rank.pieces for rank in ranks], file)
     merged = {tensor.name: tensor for tensor in tensors}

@@ -16,7 +16,7 @@ from opt_core.checkpoints.sources import FileSource
 from opt_core.checkpoints.tensors import LazyTensor
 from opt_core.config import OPTConfig
 from opt_core.metaseq.config import Settings, config_beside, infer_config
-from opt_core.metaseq.files import Pool, candidates, find_grid
+from opt_core.metaseq.files import MAX_OPEN, Pool, candidates, find_grid
 from opt_core.metaseq.parts import join_parts
 from opt_core.metaseq.ranks import read_parts
 
@@ -50,6 +50,11 @@ class MetaseqReader(CheckpointReader):
             reader = cls(list(join_parts(parts)), pool.sources, settings)
             undo.pop_all()
         return reader
+
+    @property
+    def files_open(self) -> int:
+        """How many files are open at a time, at most."""
+        return min(len(self.files), MAX_OPEN)
 
     @cached_property
     def config(self) -> OPTConfig:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -136,3 +137,21 @@ def test_a_slice_outside() -> None:
             tensor.read_slice(dim, start, stop)
     with pytest.raises(InputError, match="expected a slice within shape"):
         tensor.rows(0, 5)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_of_parts_are_read_straight_into_place(dim: int) -> None:
+    """Each level of joining with a block of its own took four blocks where one was planned for."""
+    array = np.arange(2**22, dtype=np.float16).reshape(2048, 2048)
+    halves = [joined(half, [2**20], None) for half in np.split(array, 2, dim)]
+    tensor = JoinedTensor(
+        TensorInfo("t", array.dtype, array.shape, halves[0].info.file), halves, dim
+    )
+    tracemalloc.start()
+    try:
+        found = tensor.read()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert same(found, array)
+    assert peak < 1.75 * array.nbytes

@@ -194,8 +194,9 @@ from test_metaseq import EIGHT_PARTS, check
 from metaseq_files import random_state
 check(Path(sys.argv[1]), EIGHT_PARTS, random_state(EIGHT_PARTS))
 from opt_core.metaseq import open_metaseq
+from opt_core.metaseq.files import MAX_OPEN
 with open_metaseq(sys.argv[1]) as reader:
-    assert len(reader.files) == 992
+    assert (len(reader.files), reader.files_open) == (992, MAX_OPEN)
     sum(tensor.read().size for tensor in reader.values())
     print(len(list(Path("/proc/self/fd").iterdir())))
 """
@@ -212,6 +213,32 @@ def test_992_files_of_which_few_are_open(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= MAX_OPEN + 16
+
+
+def test_unflattened_with_the_metadata_of_the_file_it_was_made_from(tmp_path: Path) -> None:
+    """As convert_to_singleton.py leaves it: it replaces the model, and nothing around it."""
+    state = random_state(PRE_NORM)
+    model = files.metaseq_state(state)
+    metadata = files.shard(model, 1).metadata[0]
+    save(tmp_path / "restored.pt", {**files.run(model), "shard_metadata": metadata})
+    check(tmp_path, PRE_NORM, state)
+
+
+@pytest.mark.parametrize("count", [8, 2**80, "8", True, None, []])
+def test_files_of_two_moments_of_the_training_run(tmp_path: Path, count: Any) -> None:
+    """Only numbers can tell: a run that does not count is not refused."""
+    state = random_state(PRE_NORM)
+    parts = files.split_parts(files.metaseq_state(state), 2)
+    for number, part in enumerate(parts):
+        content = files.run(part)
+        if number:
+            content["optimizer_history"][-1]["num_updates"] = count
+        save(tmp_path / f"x-model_part-{number}.pt", content)
+    if type(count) is int:
+        with pytest.raises(FormatError, match=r"x-model_part-1.pt: .*after 7 updates.*after \d+"):
+            open_metaseq(tmp_path)
+    else:
+        check(tmp_path, PRE_NORM, state)
 
 
 # --- files that lie -----------------------------------------------------------------------------
@@ -290,7 +317,7 @@ LIES: dict[str, tuple[Callable[[Content], None], str]] = {
     "huge": (set_longer, "expected the same parameters|expected a shape"),
     "padding": (set_padding, "with 1000000 elements of padding"),
     "small padding": (set_small_padding, "'flat_param_0': expected parts that make up"),
-    "name": (set_name, "the same parameters as in the part's first shard|expected one parameter"),
+    "name": (set_name, "two parameters 'decoder.layers.0.self_attn.qkv_proj.bias'"),
     "no flat": (drop_flat, "'flat_param_0': expected a flat parameter.*found none"),
     "no metadata": (drop_metadata, "expected shard_metadata"),
     "path": (set_path, "a name that is no text"),
@@ -313,6 +340,18 @@ def test_metadata_that_lies(
             lie(content)
         save(tmp_path / f"c-shard{number}.pt", content)
     with pytest.raises(FormatError, match=f"(?s){message}"):
+        open_metaseq(tmp_path)
+
+
+def test_modules_without_end(tmp_path: Path) -> None:
+    """Two bytes name a module again; its pieces would be kept for each of a thousand files."""
+    shards = files.shard(files.metaseq_state(random_state(PRE_NORM)), 2)
+    shards.metadata[0]["param_metadata"] *= 2
+    save(
+        tmp_path / "x-shard0.pt", {"model": shards.models[0], "shard_metadata": shards.metadata[0]}
+    )
+    (tmp_path / "x-shard1.pt").write_bytes(b"never opened")
+    with pytest.raises(FormatError, match="x-shard0.pt: .*found two parameters 'flat_param_0'"):
         open_metaseq(tmp_path)
 
 
