@@ -13,8 +13,9 @@ from typing import Self
 from opt_core.checkpoints import CheckpointReader
 from opt_core.config import CONFIG_NAME, OPTConfig
 from opt_core.hub import resolve
+from opt_core.loading import named_architecture
 from opt_core.opening import find_config, open_weights
-from opt_core.params import ARCHITECTURES
+from opt_core.staging import complete
 
 DEFAULT_ARCHITECTURE = "OPTForCausalLM"
 
@@ -30,20 +31,19 @@ class Checkpoint:
     @property
     def architecture(self) -> str:
         """The class of model that the configuration names, by its name in PyTorch, or a guess."""
-        return next(iter(self._known()), DEFAULT_ARCHITECTURE)
+        return self._named or DEFAULT_ARCHITECTURE
 
     @property
     def assumption(self) -> str | None:
         """Why `architecture` is a guess; None where the configuration names it, or there is none."""
-        if self.config is None or self._known():
+        if self.config is None or self._named:
             return None
         named = ", ".join(self.config.architectures or ()) or "none"
         return f"assumed: 'architectures' in {CONFIG_NAME} names no class of OPT model, but {named}"
 
-    def _known(self) -> list[str]:
-        named = (self.config.architectures if self.config else None) or ()
-        plain = [name.removeprefix("TF").removeprefix("Flax") for name in named]
-        return [name for name in plain if name in ARCHITECTURES]
+    @property
+    def _named(self) -> str | None:
+        return named_architecture(self.config) if self.config else None
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +74,8 @@ def open_checkpoint(
         FormatError: a damaged or unsafe file.
     """
     path = Path(source).expanduser()
+    if path.is_file():
+        complete(path.parent)
     directory = path.parent if path.is_file() else resolve(source)
     reader = open_weights(path if path.is_file() else directory)
     with ExitStack() as undo:

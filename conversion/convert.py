@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from conversion.checkpoint import open_checkpoint
 from conversion.plan import COPIED, Plan, Work, make_plan
-from conversion.verify import check_written
+from conversion.verify import check_tied_head, check_written
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
-from opt_core.files import atomic_write
-from opt_core.formats import DEFAULT_FORMAT, find_format, shadows
+from opt_core.files import atomic_write, read_text_file
+from opt_core.formats import DEFAULT_FORMAT, find_format
 from opt_core.saving import Progress, write_weights
-from opt_core.staging import staged
+from opt_core.staging import PARTIAL, staged
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def convert(
             configuration names. Parameters of its head that the source lacks are left out and
             reported, and so are those of another class's head.
         config: a configuration instead of the source's own, or where to find one.
-        overwrite: allows a target that is not empty.
+        overwrite: allows a target that is not empty: a model in it goes, weights of whatever format
+            too; its tokenizer only if the source brings one.
         resume: after a failure keeps the files that are complete, and begins with those of an
             earlier try.
         verify: reads everything back, and compares it with the source, before the target appears.
@@ -94,7 +98,7 @@ def convert(
         OSError: as the system says, such as a full disk.
     """
     target = _checked_target(target, overwrite)
-    layout = find_format(to).layout
+    find_format(to)
     with open_checkpoint(source, config) as checkpoint:
         work = make_plan(
             checkpoint,
@@ -103,23 +107,39 @@ def convert(
             max_shard_size=max_shard_size,
             architecture=architecture,
         )
-        with staged(
-            target,
-            obsolete=lambda name: name in COPIED or shadows(layout, name),
-            plan=work.plan.fingerprint(),
-            resume=resume,
-        ) as folder:
+        check_tied_head(checkpoint, work.config)
+        with (
+            _naming(target, work.plan),
+            staged(
+                target,
+                obsolete=lambda name: name not in COPIED or bool(work.plan.copied),
+                plan=work.fingerprint(),
+                resume=resume,
+            ) as folder,
+        ):
             _write(work, checkpoint.directory, folder, max_shard_size, progress)
             if verify:
                 check_written(work, folder, progress)
     return Conversion(target, work.plan, verify)
 
 
+@contextmanager
+def _naming(target: Path, plan: Plan) -> Iterator[None]:
+    """Says of a full disk which one it is, and how much room there should be."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        message = f"{error.strerror}: the conversion takes {plan.bytes_written} bytes beside"
+        raise OSError(error.errno, message, str(target)) from error
+
+
 def _write(
     work: Work, directory: Path, folder: Path, max_shard_size: int | str, progress: Progress
 ) -> None:
     for name in work.plan.copied:
-        atomic_write(folder / name, (directory / name).read_bytes())
+        atomic_write(folder / name, read_text_file(directory / name))
     architecture = work.plan.architecture
     dtype = str(work.outgoing[0].dtype)
     work.config.replace(architectures=[architecture], torch_dtype=dtype).save_pretrained(folder)
@@ -137,7 +157,9 @@ def _checked_target(target: str | os.PathLike[str], overwrite: bool) -> Path:
     if not os.fspath(target):
         raise InputError("target: expected a directory to write into, found an empty name.")
     path = Path(target).expanduser()
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path}: expected a directory to write into, found a link to nothing.")
+    if path.is_dir() and not overwrite and {e.name for e in path.iterdir()} - {PARTIAL}:
         raise InputError(
             f"{path}: expected a new or empty directory, found files in it. Choose another, or "
             "allow overwriting (overwrite=True, --overwrite)."

@@ -10,14 +10,15 @@ from functools import partial
 from pathlib import Path
 
 from conversion.checkpoint import Checkpoint
-from opt_core.checkpoints.output import nbytes
+from opt_core import __version__
+from opt_core.checkpoints.output import TensorLike, nbytes
 from opt_core.checkpoints.tensors import BLOCK
-from opt_core.checkpoints.writer import split
+from opt_core.checkpoints.writer import Shard, split
 from opt_core.config import CONFIG_NAME, OPTConfig
 from opt_core.dtypes import MODEL_DTYPES, dtype_name
 from opt_core.errors import CheckpointError, ConfigError, InputError
+from opt_core.files import TEXT_FILES
 from opt_core.formats import find_format
-from opt_core.hub import TEXT_FILES
 from opt_core.loading import Source, match
 from opt_core.params import ARCHITECTURES, param_table
 from opt_core.saving import Outgoing
@@ -46,11 +47,6 @@ class Plan:
     missing: tuple[str, ...]  # of the head: not in the source, so not in the target
     dropped: tuple[str, ...]  # of another class's head: in the source only
 
-    def fingerprint(self) -> str:
-        """Equal for two plans that write the same bytes from the same files."""
-        content = [asdict(self), [_state(file) for file in self.files_read]]
-        return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
-
 
 @dataclass(frozen=True)
 class Work:
@@ -59,6 +55,14 @@ class Work:
     plan: Plan
     config: OPTConfig
     outgoing: tuple[Outgoing, ...]
+    shards: tuple[Shard, ...]
+
+    def fingerprint(self) -> str:
+        """Equal only for two that write the same tensors to the same files, from the same files."""
+        states = [_state(file) for file in self.plan.files_read]
+        places = [(shard.filename, [_row(info) for info in shard.infos]) for shard in self.shards]
+        content = [__version__, asdict(self.plan), states, places]
+        return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
 def make_plan(
@@ -86,7 +90,8 @@ def make_plan(
     )
     directory = checkpoint.directory
     infos = [out.info(format, chosen, directory) for out in outgoing]
-    weights = [shard.filename for shard in split(infos, format.layout, max_shard_size)]
+    shards = split(infos, format.layout, max_shard_size)
+    weights = [shard.filename for shard in shards]
     if len(weights) > 1 and format.layout.index:
         weights.append(format.layout.index)
     texts = tuple(name for name in COPIED if (directory / name).is_file())
@@ -100,7 +105,10 @@ def make_plan(
         dtypes=tuple(sorted({str(info.dtype) for info in infos})),
         bytes_read=sum(s.tensor.info.nbytes for s in sources),
         bytes_written=sum(map(nbytes, infos)),
-        peak_bytes=max(_memory(s, format.dialect.transposed(s.param)) for s in sources),
+        peak_bytes=max(
+            _memory(s, out, format.dialect.transposed(s.param))
+            for s, out in zip(sources, outgoing, strict=True)
+        ),
         files_read=tuple(str(file) for file in checkpoint.reader.files),
         files_open=checkpoint.reader.files_open,
         files_written=(*weights, CONFIG_NAME, *texts),
@@ -108,14 +116,14 @@ def make_plan(
         missing=missing,
         dropped=dropped,
     )
-    return Work(plan, config, outgoing)
+    return Work(plan, config, outgoing, tuple(shards))
 
 
 def _config(checkpoint: Checkpoint) -> OPTConfig:
     if checkpoint.config is None:
         raise ConfigError(
             f"{checkpoint.directory}: expected {CONFIG_NAME} beside the weights, found none. Put "
-            "the model's there: without it the tensors cannot be checked."
+            "the model's there, or name one (config=, --config): without it the tensors cannot be checked."
         )
     return checkpoint.config
 
@@ -148,14 +156,22 @@ def _sources(
     return found, report.missing_head, report.other_heads
 
 
-def _memory(source: Source, transposed: bool) -> int:
-    """Bytes that converting one tensor takes: two blocks, and the tensor where it must be whole."""
-    whole = source.transposed != transposed or not source.tensor.streams
-    return 2 * BLOCK + (source.tensor.info.nbytes if whole else 0)
+def _memory(source: Source, out: Outgoing, transposed: bool) -> int:
+    """Bytes that converting one tensor takes: blocks read and cast, and what must be there whole."""
+    tensor = source.tensor
+    blocks = 2 * BLOCK
+    if out.dtype != tensor.dtype:
+        blocks += 2 * BLOCK * out.dtype.itemsize // tensor.dtype.itemsize
+    whole = source.transposed != transposed or not tensor.streams
+    return blocks + (tensor.info.nbytes if whole else 0)
 
 
 def _itself(source: Source) -> Source:
     return source
+
+
+def _row(info: TensorLike) -> tuple[str, str, tuple[int, ...]]:
+    return info.name, str(info.dtype), tuple(info.shape)
 
 
 def _state(file: str) -> tuple[int, int]:

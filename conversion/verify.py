@@ -19,10 +19,12 @@ from conversion.plan import Work
 from opt_core.checkpoints.output import Blocks
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError
-from opt_core.loading import Source, match
+from opt_core.loading import Source, match, tied_copies
 from opt_core.opening import open_weights
-from opt_core.params import ARCHITECTURES
+from opt_core.params import ARCHITECTURES, EMBEDDING_NAME
 from opt_core.saving import Progress
+
+_PIECE = 2**20  # elements
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,28 @@ def check_written(work: Work, folder: Path, progress: Progress) -> None:
             progress(done, total)
 
 
+def check_tied_head(checkpoint: Checkpoint, config: OPTConfig) -> None:
+    """Raises CheckpointError for a head that is stored, tied, and not the embedding: it would be lost."""
+    copies = tied_copies(config, checkpoint.reader)
+    embedding = match(config, "OPTModel", checkpoint.reader)[0][EMBEDDING_NAME] if copies else None
+    for copy in copies:
+        if embedding is None or _compare(embedding, copy).difference != 0:
+            raise CheckpointError(
+                f"{checkpoint.directory}: expected {copy.tensor.name} to be the embedding again, as "
+                "tie_word_embeddings in config.json says, found other values. Set it to false to "
+                "keep this head, or remove the tensor."
+            )
+
+
 def _parameters(checkpoint: Checkpoint, config: OPTConfig) -> dict[str, Source]:
     """Every parameter that a checkpoint holds, of whatever class of model."""
-    found: dict[str, Source] = {}
+    found, report = match(config, checkpoint.architecture, checkpoint.reader)
+    report.check(where=checkpoint.directory)
+    used = {source.tensor.name for source in found.values()}
     for architecture in ARCHITECTURES:
-        sources, report = match(config, architecture, checkpoint.reader)
-        report.check(where=checkpoint.directory)
-        found.update(sources)
+        for name, source in match(config, architecture, checkpoint.reader)[0].items():
+            if source.tensor.name not in used:
+                found[name] = source
     return found
 
 
@@ -157,7 +174,7 @@ def _same_bits(x: NDArray[Any], y: NDArray[Any]) -> bool:
 
 def _pairs(first: Blocks, second: Blocks) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
     """The two streams of values in flat pieces of equal lengths; the last may be of unequal ones."""
-    left, right = (block.reshape(-1) for block in first), (block.reshape(-1) for block in second)
+    left, right = _pieces(first), _pieces(second)
     x, y = next(left, None), next(right, None)
     while x is not None and y is not None:
         length = min(len(x), len(y))
@@ -167,3 +184,11 @@ def _pairs(first: Blocks, second: Blocks) -> Iterator[tuple[NDArray[Any], NDArra
     if x is not None or y is not None:
         nothing = np.empty(0)
         yield (nothing if x is None else x), (nothing if y is None else y)
+
+
+def _pieces(blocks: Blocks) -> Iterator[NDArray[Any]]:
+    """The values of blocks in flat pieces that are small enough to be compared as float64."""
+    for block in blocks:
+        flat = block.reshape(-1)
+        for start in range(0, len(flat), _PIECE):
+            yield flat[start : start + _PIECE]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from opt_core.errors import ConfigError
-from opt_core.files import atomic_write
+from opt_core.files import JSON_LIMIT, atomic_write
 from opt_core.presets import published_sizes
 from opt_core.validation import (
     Check,
@@ -392,6 +392,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: not UTF-8, not JSON, or not an object; names the file and the place.
     """
+    if path.stat().st_size > JSON_LIMIT:
+        raise ConfigError(f"{path}: expected at most {JSON_LIMIT} bytes, found more. Is it damaged?")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # digits or brackets without end, too

@@ -95,8 +95,9 @@ DIALECTS = {
             "decoder.project_in": "project_in_dim",
             "decoder.project_out": "project_out_dim",
             "decoder.final_layer_norm": "layer_norm",
+            "lm_head": "decoder.output_projection",
         },
-        dropped=(r"(model\.)?decoder\.version", r"(model\.)?decoder\.output_projection\.weight"),
+        dropped=(r"(model\.)?decoder\.version",),
     ),
     "tf": Dialect(
         "tf",
@@ -108,7 +109,7 @@ DIALECTS = {
             "embed_positions": ("embeddings", "weight"),
         },
     ),
-    "flax": Dialect("flax", scopes=("", "params.")),
+    "flax": Dialect("flax", scopes=("", "params.", "params.params.")),
     "keras": Dialect(  # the files of `save_weights`: classes of layers, not their names
         "tf",
         separator="/",

@@ -13,6 +13,18 @@ from typing import IO, Any
 
 from opt_core.errors import FormatError
 
+TEXT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""What stands beside the weights of a model."""
+
 JSON_LIMIT = 100_000_000
 """Bytes: no configuration, index or header of a real model comes near this."""
 
@@ -76,6 +88,37 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def check_link(path: Path, folder: Path) -> None:
+    """Raise FormatError if `path`, found in `folder`, is a link to somewhere else.
+
+    Links into the hub's cache of the folder itself are its way to keep files.
+    """
+    if not path.is_symlink():
+        return
+    snapshots = next((above for above in folder.absolute().parents if above.name == "snapshots"), None)
+    homes = [folder.resolve(), *([snapshots.with_name("blobs").resolve()] if snapshots else [])]
+    target = path.resolve()
+    if not any(target.is_relative_to(home) for home in homes) or not target.is_file():
+        raise FormatError(
+            f"{path}: expected a file in the checkpoint's own folder, found a link to {target}. "
+            "Nothing was read from there; do not trust this checkpoint."
+        )
+
+
+def read_text_file(path: Path) -> bytes:
+    """Return what stands in a small file beside the weights.
+
+    Raises FormatError for a link that leads elsewhere, and for a file that is too large.
+    """
+    check_link(path, path.parent)
+    size = path.stat().st_size
+    if not path.is_file() or size > JSON_LIMIT:
+        raise FormatError(
+            f"{path}: expected a file of at most {JSON_LIMIT} bytes, found {size}. Is it damaged?"
+        )
+    return path.read_bytes()
 
 
 def parse_json_object(data: bytes, where: str) -> dict[str, Any]:

@@ -19,18 +19,8 @@ from huggingface_hub.errors import (
 
 from opt_core.checkpoints.layouts import Layout, in_order
 from opt_core.errors import HubError
+from opt_core.files import TEXT_FILES
 from opt_core.staging import complete
-
-TEXT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 _WORD = r"[\w-][\w.-]*"
 _NAME = re.compile(f"{_WORD}(/{_WORD})?", re.ASCII)

@@ -13,7 +13,7 @@ import numpy as np
 from opt_core.checkpoints.tensors import BLOCK, LazyTensor, empty_aligned
 from opt_core.config import OPTConfig
 from opt_core.dialects import Dialect, recognise
-from opt_core.dtypes import dtype_name
+from opt_core.dtypes import MODEL_DTYPES, dtype_name
 from opt_core.errors import CheckpointError
 from opt_core.params import ARCHITECTURES, TIED_HEAD_NAME, Param, param_table
 from opt_core.presets import PRESETS
@@ -56,7 +56,9 @@ class Source:
             CheckpointError: a value that `dtype` cannot hold.
         """
         turns = self.transposed != transposed
-        for block in transposed_blocks(self.tensor.read()) if turns else self.tensor.blocks():
+        for block in (
+            transposed_blocks(self.tensor.read_stored()) if turns else self.tensor.blocks()
+        ):
             yield block if dtype is None else cast(block, dtype, self.param.name)
 
     def _turns(self, framework: str) -> bool:
@@ -83,15 +85,17 @@ def transposed_blocks(matrix: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def cast(array: np.ndarray, dtype: np.dtype[Any], name: str) -> np.ndarray:
-    """The values in another dtype; raises CheckpointError for one that it cannot hold."""
+    """The values in another dtype; raises CheckpointError for a number that it cannot hold."""
     if array.dtype == dtype:
         return array
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities and nan stay what they are
         result = array.astype(dtype)
-    if not np.isfinite(result).all() and np.isfinite(array).all():
+    lost = np.isinf(result) & np.isfinite(array)
+    if lost.any():
+        wider = "float64" if dtype == np.float32 else "bfloat16 or float32"
         raise CheckpointError(
             f"{name}: expected values that {dtype} can hold, found one of "
-            f"{float(np.abs(array).max()):g}. Choose bfloat16 or float32."
+            f"{float(np.abs(array[lost]).max()):g}. Choose {wider}."
         )
     return result
 
@@ -178,22 +182,25 @@ def match(
     """
     table = param_table(config, architecture)
     dialect = recognise(tensors, table[0])
+    claimed = _claimed(config, architecture, dialect)
     sources: dict[str, Source] = {}
     missing: list[Param] = []
     mismatched: dict[str, str] = {}
     used: set[str] = set()
     for param in table:
         name = _find(dialect, param, tensors)
-        if name is None:
+        if name is None or name in claimed:
             missing.append(param)
             continue
         used.add(name)
         source = Source(param, tensors[name], dialect.transposed(param))
+        _check_dtype(source)
         if source.shape == param.shape:
             sources[param.name] = source
         else:
             mismatched[param.name] = _explain_mismatch(config, source)
-    used.update(_tied_copies(config, architecture, dialect))
+    head = _tied_head(config) if architecture == "OPTForCausalLM" else None
+    used.update(dialect.spellings(head) if head else ())
     rest = [name for name in tensors if name not in used and not dialect.drops(name)]
     known = {s for param in _other_heads(config, architecture) for s in dialect.spellings(param)}
     return sources, LoadReport(
@@ -216,6 +223,33 @@ def _find(dialect: Dialect, param: Param, tensors: Mapping[str, LazyTensor]) -> 
     return found[0] if found else None
 
 
+def named_architecture(config: OPTConfig) -> str | None:
+    """The class of model that a configuration names, by its name in PyTorch; None if none of ours."""
+    names = (n.removeprefix("TF").removeprefix("Flax") for n in config.architectures or ())
+    return next((name for name in names if name in ARCHITECTURES), None)
+
+
+def _claimed(config: OPTConfig, architecture: str, dialect: Dialect) -> set[str]:
+    """Names of another class's head, where the configuration names that class.
+
+    Keras' files spell the heads of all classes alike.
+    """
+    named = named_architecture(config)
+    if named in (None, architecture):
+        return set()
+    heads = (param for param in param_table(config, named) if not param.in_base_model)
+    return {spelling for param in heads for spelling in dialect.spellings(param)}
+
+
+def _check_dtype(source: Source) -> None:
+    if source.tensor.dtype not in MODEL_DTYPES.values():
+        raise CheckpointError(
+            f"{source.tensor.info.file}: {source.tensor.name}: expected floating-point values "
+            f"({', '.join(MODEL_DTYPES)}), found {source.tensor.dtype}. Is the model quantized? Take "
+            "the one that it was made from."
+        )
+
+
 def _other_heads(config: OPTConfig, architecture: str) -> Iterator[Param]:
     """Head parameters of the other classes of model."""
     untied = config.replace(tie_word_embeddings=False)
@@ -224,12 +258,23 @@ def _other_heads(config: OPTConfig, architecture: str) -> Iterator[Param]:
             yield from (p for p in param_table(untied, other) if not p.in_base_model)
 
 
-def _tied_copies(config: OPTConfig, architecture: str, dialect: Dialect) -> Iterator[str]:
-    """The names under which some files store the tied head a second time."""
-    if config.tie_word_embeddings:
-        for param in param_table(config.replace(tie_word_embeddings=False), architecture):
-            if param.name == TIED_HEAD_NAME:
-                yield from dialect.spellings(param)
+def _tied_head(config: OPTConfig) -> Param | None:
+    """The head that is the embedding again; None where the configuration does not tie them."""
+    if not config.tie_word_embeddings:
+        return None
+    untied = param_table(config.replace(tie_word_embeddings=False), "OPTForCausalLM")
+    return next(param for param in untied if param.name == TIED_HEAD_NAME)
+
+
+def tied_copies(config: OPTConfig, tensors: Mapping[str, LazyTensor]) -> list[Source]:
+    """The tied head, as often as a checkpoint stores it beside the embedding."""
+    head = _tied_head(config)
+    if head is None:
+        return []
+    dialect = recognise(tensors, param_table(config)[0])
+    names = tensors.keys() - _claimed(config, "OPTForCausalLM", dialect)
+    spellings = [name for name in dialect.spellings(head) if name in names]
+    return [Source(head, tensors[name], dialect.transposed(head)) for name in spellings]
 
 
 def _explain_mismatch(config: OPTConfig, source: Source) -> str:

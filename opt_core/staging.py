@@ -12,13 +12,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from opt_core.errors import FormatError, InputError
+from opt_core.checkpoints.layouts import LAYOUTS
+from opt_core.checkpoints.orbax_format import METADATA
+from opt_core.errors import CheckpointError, FormatError, InputError
 from opt_core.files import (
     JSON_LIMIT,
+    TEXT_FILES,
     atomic_write,
     parse_json_object,
     plain_name,
@@ -60,9 +65,14 @@ def staged(
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: expected a directory to save into, found a file.")
     complete(directory)
+    if directory.is_dir():
+        for path in _former(directory, obsolete):
+            _refuse_folder(path)
     with ExitStack() as held, ExitStack() as undo:
+        _discard_sibling(directory)
         folder = _make_folder(directory, undo)
-        _claim(folder, held)
+        if not _lock(folder, held):
+            raise InputError(f"{directory}: another process is saving here. Wait for it to end.")
         _empty(folder, unless=plan if resume else None)
         if resume:
             atomic_write(folder / _PLAN, plan)
@@ -83,15 +93,21 @@ def staged(
 def complete(directory: Path) -> None:
     """Finish what was written whole but not moved to its places when its process died.
 
-    Raises FormatError for a folder that no save of ours has left, OSError where nothing can be
-    moved.
+    Raises FormatError for a folder that no save of ours has left, CheckpointError where nothing can
+    be moved, InputError if another process is at it for a minute.
     """
     folder = directory / COMPLETE
     _refuse_link(folder)
     while folder.is_dir():
         with ExitStack() as held:
-            if _lock(folder, held, wait=True):  # else another process has done it meanwhile
-                _move(folder, directory)
+            try:
+                if _lock(folder, held, patience=60):  # else another process has done it meanwhile
+                    _move(folder, directory)
+            except PermissionError as error:
+                raise CheckpointError(
+                    f"{directory}: a save was interrupted here when all was written, and cannot be "
+                    f"completed ({error.strerror}). Make the directory writable, and try again."
+                ) from error
 
 
 def _move(folder: Path, directory: Path) -> None:
@@ -100,30 +116,54 @@ def _move(folder: Path, directory: Path) -> None:
     if moves.exists():
         files, gone = _read_moves(moves)
         for name in gone:
-            remove(directory / name)
+            _make_way(directory / name)
         for name in files:
             if (folder / name).is_dir():
-                remove(directory / name)
+                _make_way(directory / name)
             with suppress(FileNotFoundError):  # it was moved before
                 os.replace(folder / name, directory / name)
     sync_directory(directory)
     remove(folder)
 
 
+def _former(directory: Path, obsolete: Callable[[str], bool]) -> list[Path]:
+    """The parts of a checkpoint in a directory that are to go."""
+    return [path for path in directory.iterdir() if is_part(path.name) and obsolete(path.name)]
+
+
+def _make_way(path: Path) -> None:
+    """Remove a former part of a checkpoint; raises FormatError for a folder that is none."""
+    _refuse_folder(path)
+    remove(path)
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink() and not (path / METADATA).is_file():
+        raise FormatError(
+            f"{path}: expected a file, or a folder of orbax, in the place of the new one, found "
+            "another folder. Move it away."
+        )
+
+
 def _read_moves(file: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the files that come, and of those that go."""
+    """Return the names of the files that come, and of those that go: parts of checkpoints only."""
     _refuse_link(file)
     if not file.is_file() or file.stat().st_size > JSON_LIMIT:
         raise FormatError(f"{file}: expected a small file. Remove {file.parent}.")
     content = parse_json_object(file.read_bytes(), str(file))
     lists = [content.get("files"), content.get("remove")]
     match lists:
-        case [list(files), list(gone)] if all(map(plain_name, files + gone)):
+        case [list(files), list(gone)] if all(map(is_part, files + gone)):
             return files, gone
     raise FormatError(
-        f"{file}: expected lists of file names, found {str(content)[:200]}. Remove {file.parent}: no "
-        "save of opt-zoo has left it."
+        f"{file}: expected names of a checkpoint's files, found {str(content)[:200]}. Remove "
+        f"{file.parent}: no save of opt-zoo has left it."
     )
+
+
+def is_part(name: Any) -> bool:
+    """Whether a file of that name belongs to a checkpoint: weights, configuration or tokenizer."""
+    return plain_name(name) and (name in TEXT_FILES or any(layout.owns(name) for layout in LAYOUTS))
 
 
 def _make_folder(directory: Path, undo: ExitStack) -> Path:
@@ -131,7 +171,7 @@ def _make_folder(directory: Path, undo: ExitStack) -> Path:
     if directory.is_dir():
         folder = directory / PARTIAL
     else:
-        folder = directory.parent / f".{directory.name}{PARTIAL}"
+        folder = _sibling(directory)
         for parent in reversed([path for path in directory.parents if not path.exists()]):
             parent.mkdir()
             undo.callback(_remove_empty, parent)
@@ -140,34 +180,51 @@ def _make_folder(directory: Path, undo: ExitStack) -> Path:
     return folder
 
 
-def _claim(folder: Path, held: ExitStack) -> None:
-    try:
-        ours = _lock(folder, held, wait=False)
-    except BlockingIOError:
-        ours = False
-    if not ours:
-        raise InputError(f"{folder.parent}: another process is saving here. Wait for it to end.")
-
-
-def _lock(folder: Path, held: ExitStack, *, wait: bool) -> bool:
+def _lock(folder: Path, held: ExitStack, *, patience: float = 0) -> bool:
     """Claim the folder for this process, until it ends or is done; tell whether it is still there.
 
-    Raises BlockingIOError if another process has it, unless told to wait.
+    Raises InputError if another process has it, and does not let go within `patience` seconds.
     """
     if sys.platform == "win32":
         return True
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-        held.callback(os.close, descriptor)
+    except FileNotFoundError:
+        return False
+    held.callback(os.close, descriptor)
+    end = time.monotonic() + patience
+    while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise
+            if time.monotonic() >= end:
+                raise InputError(
+                    f"{folder}: another process is saving here. Wait for it to end."
+                ) from None
+            time.sleep(0.02)
         except OSError:  # a file system without locks
             return True
+        else:
+            break
+    # Before the descriptor is closed: processes forked meanwhile have it, too.
+    held.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
+    try:
         return os.path.samestat(os.fstat(descriptor), folder.stat())
     except FileNotFoundError:
         return False
+
+
+def _sibling(directory: Path) -> Path:
+    """Where what is written stands while there is no directory yet."""
+    return directory.parent / f".{directory.name}{PARTIAL}"
+
+
+def _discard_sibling(directory: Path) -> None:
+    """Remove what a try has left from before there was a directory."""
+    if directory.is_dir():
+        with ExitStack() as held, suppress(InputError):
+            if _lock(_sibling(directory), held):
+                remove(_sibling(directory))
 
 
 def _empty(folder: Path, *, unless: str | None) -> None:
@@ -187,7 +244,7 @@ def _declare_complete(folder: Path, directory: Path, obsolete: Callable[[str], b
         if there.exists() and there.is_dir() != (folder / name).is_dir():
             wanted, found = ("folder", "file") if there.is_file() else ("file", "folder")
             raise InputError(f"{there}: expected a {wanted}, found a {found}. Move it away.")
-    former = {entry.name for entry in directory.iterdir() if obsolete(entry.name)}
+    former = {path.name for path in _former(directory, obsolete)}
     moves = {"files": files, "remove": sorted(former.difference(files))}
     atomic_write(folder / _MOVES, json.dumps(moves))
     os.rename(folder, directory / COMPLETE)

@@ -132,6 +132,9 @@ def inspect_checkpoint(source: str | os.PathLike[str]) -> Inspection:
 
 def _whole_files(reader: CheckpointReader) -> tuple[File, ...]:
     counts = Counter(tensor.info.file for tensor in reader.values())
+    if reader.container == "orbax":  # a folder of hundreds
+        ((folder, count),) = counts.items()
+        return (File(folder.name, sum(map(_nbytes, reader.files)), count),)
     return tuple(File(file.name, _nbytes(file), counts[file]) for file in reader.files)
 
 

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.backends.base import Backend
 from tests.cases import case
+
+settings.register_profile("busy machines", deadline=None)  # files are slow on some
+settings.load_profile("busy machines")
 
 BACKENDS = ("torch", "tf", "flax")
 

@@ -49,6 +49,10 @@ class JoinedTensor(LazyTensor):
         self._fill(out)
         return out
 
+    def read_stored(self) -> NDArray[Any]:
+        """Return what `read` returns."""
+        return self.read()
+
     def read_slice(self, dim: int, start: int, stop: int) -> NDArray[Any]:
         """Return elements `start` to `stop` of dimension `dim` as a fresh array in C order.
 

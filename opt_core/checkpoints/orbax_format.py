@@ -44,11 +44,11 @@ def find_orbax(path: str | os.PathLike[str]) -> Path | None:
     """
     path = Path(path)
     for folder in (path, *(path / name for name in FOLDERS)):
-        if (folder / METADATA).is_file():
+        if os.path.isfile(folder / METADATA):
             return folder
     if not path.is_dir():
         return None
-    inside = [folder for folder in path.iterdir() if (folder / METADATA).is_file()]
+    inside = [folder for folder in path.iterdir() if os.path.isfile(folder / METADATA)]
     whole = [folder for folder in inside if not _UNFINISHED.search(folder.name)]
     return whole[0] if len(whole) == 1 else None
 
@@ -94,6 +94,10 @@ class OrbaxTensor(LazyTensor):
         """Return a fresh private array in C order, aligned; one chunk is decoded at a time."""
         return self._read_box([(0, length) for length in self.shape])
 
+    def read_stored(self) -> NDArray[Any]:
+        """Return what `read` returns."""
+        return self.read()
+
     def read_slice(self, dim: int, start: int, stop: int) -> NDArray[Any]:
         """Return elements `start` to `stop` of dimension `dim` as a fresh array in C order.
 
@@ -116,7 +120,7 @@ class OrbaxTensor(LazyTensor):
     def blocks(self, nbytes: int = BLOCK) -> Iterator[NDArray[Any]]:
         """Yield the values in C order: whole rows of chunks, as many as take about `nbytes`."""
         if not self.streams or not self.info.size:
-            yield self.read()
+            yield from super().blocks(nbytes)
             return
         chunk = self._array.grid.chunks[0]
         step = chunk * max(1, nbytes * self.shape[0] // (self.info.nbytes * chunk))

@@ -127,13 +127,18 @@ class LazyTensor:
         It takes the tensor's memory and no more; a tensor stored in another order (a transposed
         one of a torch file) needs it twice while it is turned.
         """
+        stored = self.read_stored()
+        if self._strides is None:
+            return stored
+        out = empty_aligned(self.shape, self.dtype)
+        out[...] = stored
+        return out
+
+    def read_stored(self) -> NDArray[Any]:
+        """Return a fresh private array in whatever order the values are stored: read only once."""
         flat = empty_aligned((self._span,), self.dtype)
         self._source.read_into(flat.view(np.uint8), self._offset)
-        if self._strides is None:
-            return flat.reshape(self.shape)
-        out = empty_aligned(self.shape, self.dtype)
-        out[...] = self._shaped(flat)
-        return out
+        return self._shaped(flat)
 
     def read_slice(self, dim: int, start: int, stop: int) -> NDArray[Any]:
         """Return elements `start` to `stop` of dimension `dim` as a fresh array in C order.
@@ -167,14 +172,19 @@ class LazyTensor:
     def blocks(self, nbytes: int = BLOCK) -> Iterator[NDArray[Any]]:
         """Yield the values in C order: runs of rows that take about `nbytes` each.
 
-        A tensor stored in another order, or without rows, comes whole.
+        Where rows cannot be read one by one, the tensor is in memory whole meanwhile.
         """
-        if not self.streams or not self.info.size:
+        if not self.shape or not self.info.size:
             yield self.read()
             return
+        stored = None if self.streams else self.read_stored()
         step = max(1, nbytes * self.shape[0] // self.info.nbytes)
         for start in range(0, self.shape[0], step):
-            yield self.read_slice(0, start, min(start + step, self.shape[0]))
+            stop = min(start + step, self.shape[0])
+            if stored is None:
+                yield self.read_slice(0, start, stop)
+            else:
+                yield np.ascontiguousarray(stored[start:stop])
 
     @property
     def streams(self) -> bool:

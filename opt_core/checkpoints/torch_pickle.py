@@ -23,7 +23,7 @@ from opt_core.errors import FormatError
 MAX_PICKLE = 2**24
 """Bytes: room for some sixty thousand tensors."""
 
-_MAX_OPCODES = 4_000_000
+_MAX_OPCODES = 2_000_000
 MAX_NAME = 1024
 """Characters: two bytes of a pickle repeat an argument, so what costs time must be short."""
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from opt_core.checkpoints.sources import ArraySource, ByteSource, FileSource
 from opt_core.errors import CheckpointError, FormatError
+from opt_core.files import check_link
 
 _MAX_FILES = 2**20
 
@@ -61,12 +62,11 @@ def scan(directory: Path) -> dict[str, Path]:
     A link to a file may lead into the cache of the hub, if the directory stands in it: there every
     file is such a link.
     """
-    inside = [directory.resolve(), *_blobs(directory.absolute())]
     files: dict[str, Path] = {}
     for folder, folders, names in os.walk(directory, onerror=_unreadable):
         for name in (*folders, *names):
             path = Path(folder, name)
-            _check_entry(path, inside)
+            _check_entry(path, directory)
             if name in names:
                 files[path.relative_to(directory).as_posix()] = path
         if len(files) > _MAX_FILES:
@@ -74,23 +74,10 @@ def scan(directory: Path) -> dict[str, Path]:
     return files
 
 
-def _blobs(directory: Path) -> list[Path]:
-    """Return where the hub's cache keeps the files of a snapshot."""
-    snapshots = [parent for parent in directory.parents if parent.name == "snapshots"]
-    return [parent.with_name("blobs").resolve() for parent in snapshots[:1]]
-
-
-def _check_entry(path: Path, inside: list[Path]) -> None:
+def _check_entry(path: Path, directory: Path) -> None:
+    check_link(path, directory)
     mode = path.lstat().st_mode
-    linked = stat.S_ISLNK(mode)
-    if linked:
-        target = path.resolve()
-        if not any(target.is_relative_to(folder) for folder in inside) or not target.is_file():
-            raise FormatError(
-                f"{path}: expected a file in the checkpoint's own folder, found a link to "
-                f"{target}. Nothing was read from there; do not trust this checkpoint."
-            )
-    elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+    if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise FormatError(f"{path}: expected files and folders, found something else.")
 
 

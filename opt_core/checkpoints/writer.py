@@ -16,10 +16,11 @@ import numpy as np
 from opt_core.checkpoints.index import CheckpointIndex
 from opt_core.checkpoints.layouts import SAFETENSORS, Layout
 from opt_core.checkpoints.output import Blocks, TensorLike, WeightsFile, nbytes
+from opt_core.checkpoints.reader import CheckpointReader
 from opt_core.errors import CheckpointError, InputError
 from opt_core.files import atomic_write, remove, sync_directory
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?))?B", re.ASCII)
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?) ?(?:(?:([kmgt])(i?))?b)?", re.ASCII | re.IGNORECASE)
 _PART = ".part"
 
 
@@ -34,6 +35,17 @@ class Shard:
     def nbytes(self) -> int:
         """Number of bytes of the values."""
         return sum(map(nbytes, self.infos))
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the folder has the file, and its header tells of these tensors and no others."""
+        if not (folder / self.filename).exists():
+            return False
+        try:
+            with CheckpointReader.open(folder / self.filename) as reader:
+                found = {name: (t.dtype, t.shape) for name, t in reader.items()}
+        except CheckpointError:
+            return False
+        return found == {info.name: (info.dtype, tuple(info.shape)) for info in self.infos}
 
 
 def split(infos: Iterable[TensorLike], layout: Layout, max_shard_size: int | str) -> list[Shard]:
@@ -84,11 +96,7 @@ class CheckpointWriter:
         if len(names) != len(set(names)):
             twice = next(name for name in names if names.count(name) > 1)
             raise InputError(f"expected names that differ, found {twice!r} twice.")
-        self._todo = [
-            shard
-            for shard in self.shards
-            if not (keep_complete and (folder / shard.filename).exists())
-        ]
+        self._todo = [shard for shard in self.shards if not (keep_complete and shard.is_in(folder))]
         self._queue = [info for shard in self._todo for info in shard.infos]
         self._next = 0
         self._left = 0  # tensors of the current file still to come
@@ -189,14 +197,15 @@ def parse_size(size: int | str) -> int:
 
     Raises InputError for anything else, and for less than one byte.
     """
+    nbytes = size
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
     if match is not None:
-        number, letter, binary = match.groups()
+        number, letter, binary = match.groups(default="")
         base = 1024 if binary else 1000
-        size = int(float(number) * base ** (" KMGT".index(letter) if letter else 0))
-    if type(size) is not int or size < 1:
+        nbytes = int(float(number) * base ** " kmgt".index(letter.lower() or " "))
+    if type(nbytes) is not int or nbytes < 1:
         raise InputError(
-            f'max_shard_size: expected bytes as a positive int or a string such as "5GB" or '
-            f'"500MiB", found {size!r}.'
+            'max_shard_size: expected a number of bytes, or such as "5GB" or "500MiB", found '
+            f"{str(size)[:100]!r}."
         )
-    return size
+    return nbytes

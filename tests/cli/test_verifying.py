@@ -79,7 +79,9 @@ def test_another_value(opt_zoo: Runner, other: Path) -> None:
     told = json.loads(again.stdout)
     assert not told["passed"] and not told["equal"] and told["tensors"] == 52
     (tensor,) = told["different"]
-    assert tensor["name"] == NAME and tensor["shapes"] == [[24, 16], [24, 16]] and not tensor["equal"]
+    assert (
+        tensor["name"] == NAME and tensor["shapes"] == [[24, 16], [24, 16]] and not tensor["equal"]
+    )
     assert tensor["dtypes"] == ["float32", "float32"]
     assert tensor["difference"] == pytest.approx(0.5)
     assert tensor["relative"] == pytest.approx(0.5 / tensor["largest"])

@@ -21,8 +21,9 @@ from opt_core.errors import FormatError, InputError
 from opt_core.staging import COMPLETE, PARTIAL, complete, staged
 
 #: What the tests save: an old state and a new one, sharing some names.
-OLD = {"config": "old", "weights-1": "old", "weights-2": "old"}
-NEW = {"config": "new", "weights-1": "new"}
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+OLD = {"config.json": "old", ONE: "old", TWO: "old"}
+NEW = {"config.json": "new", ONE: "new"}
 
 
 class BrokenError(Exception):
@@ -30,7 +31,7 @@ class BrokenError(Exception):
 
 
 def save(directory: Path, files: dict[str, str], **options: Any) -> None:
-    with staged(directory, obsolete=lambda name: name.startswith("weights"), **options) as folder:
+    with staged(directory, obsolete=lambda name: name.startswith("model"), **options) as folder:
         for name, text in files.items():
             (folder / name).write_text(text)
 
@@ -38,7 +39,7 @@ def save(directory: Path, files: dict[str, str], **options: Any) -> None:
 def interrupted(directory: Path, **options: Any) -> None:
     """A save that fails when one of its files is written."""
     with suppress(BrokenError), staged(directory, obsolete=lambda name: True, **options) as folder:
-        (folder / "shard-1").write_text("one")
+        (folder / ONE).write_text("one")
         raise BrokenError
 
 
@@ -76,7 +77,8 @@ def test_new_directories(tmp_path: Path) -> None:
 
 
 def test_the_former_goes_and_the_rest_stays(tmp_path: Path) -> None:
-    save(tmp_path, {**OLD, "notes": "mine"})
+    save(tmp_path, OLD)
+    (tmp_path / "notes").write_text("mine")
     (tmp_path / "runs").mkdir()
     save(tmp_path, NEW)
     assert state(tmp_path) == {**NEW, "notes": "mine"}
@@ -87,8 +89,23 @@ def test_folders_take_the_place_of_folders(tmp_path: Path) -> None:
     for text in ("old", "new"):
         with staged(tmp_path, obsolete=lambda name: False) as folder:
             (folder / "orbax").mkdir()
+            (folder / "orbax" / "_METADATA").write_text("")
             (folder / "orbax" / text).write_text(text)
-    assert listing(tmp_path / "orbax") == ["new"]
+    assert listing(tmp_path / "orbax") == ["_METADATA", "new"]
+
+
+def test_a_folder_of_somebody_else_is_not_taken_for_a_part(tmp_path: Path) -> None:
+    (tmp_path / "orbax").mkdir()
+    (tmp_path / "orbax" / "thesis").write_text("")
+    with pytest.raises(FormatError, match="found another folder. Move it away"):
+        save_all(tmp_path)
+    assert listing(tmp_path / "orbax") == ["thesis"] and listing(tmp_path) == ["orbax"]
+
+
+def save_all(directory: Path) -> None:
+    """A save that replaces whatever is part of a checkpoint."""
+    with staged(directory, obsolete=lambda name: True):
+        pass
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -191,9 +208,9 @@ def test_resuming_finds_what_an_earlier_try_has_left(tmp_path: Path, existing: b
         save(directory, OLD)
     interrupted(directory, plan="the plan", resume=True)
     with staged(directory, obsolete=lambda name: True, plan="the plan", resume=True) as folder:
-        assert (folder / "shard-1").read_text() == "one"
-        (folder / "shard-2").write_text("two")
-    assert state(directory) == {"shard-1": "one", "shard-2": "two"}
+        assert (folder / ONE).read_text() == "one"
+        (folder / TWO).write_text("two")
+    assert state(directory) == {ONE: "one", TWO: "two"}
     assert listing(tmp_path) == ["model"]
 
 
@@ -216,27 +233,90 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 
 def test_two_at_a_time(tmp_path: Path) -> None:
     with staged(tmp_path / "model", obsolete=lambda name: True) as folder:
-        (folder / "mine").write_text("")
+        (folder / ONE).write_text("")
         with pytest.raises(InputError, match="another process is saving here"):
             save(tmp_path / "model", NEW)
-    assert state(tmp_path / "model") == {"mine": ""}
+    assert state(tmp_path / "model") == {ONE: ""}
 
 
-@pytest.mark.parametrize(
-    "moves",
-    [
-        {"files": ["../stolen"], "remove": []},
-        {"files": [], "remove": ["/etc/passwd"]},
-        {"files": [], "remove": ["a/b"]},
-        {"files": "abc", "remove": []},
-        {},
-    ],
-)
+HOSTILE: dict[str, Any] = {
+    "a path upwards": {"files": ["../config.json"], "remove": []},
+    "a path from the root": {"files": [], "remove": ["/etc/passwd"]},
+    "a path below": {"files": [], "remove": ["a/config.json"]},
+    "somebody's file": {"files": [], "remove": ["thesis"]},
+    "somebody's program": {"files": ["run.py"], "remove": []},
+    "no list": {"files": "config.json", "remove": []},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("moves", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_folder(tmp_path: Path, moves: dict[str, Any]) -> None:
+    """A downloaded directory is completed when it is read: that must not reach anything else."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "run.py").write_text("mine")
     (tmp_path / COMPLETE).mkdir()
+    (tmp_path / COMPLETE / "run.py").write_text("stolen")
     (tmp_path / COMPLETE / ".moves.json").write_text(json.dumps(moves))
     with pytest.raises(FormatError, match="no save of opt-zoo has left it"):
         complete(tmp_path)
+    assert (tmp_path / "run.py").read_text() == "mine" and (tmp_path / "thesis").is_dir()
+
+
+@pytest.mark.parametrize("name", [COMPLETE, PARTIAL])
+def test_a_folder_that_is_a_link(tmp_path: Path, name: str) -> None:
+    """It would lead out of the directory: once, a save emptied what it pointed to."""
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    for folder in (outside, inside):
+        folder.mkdir()
+    (outside / "config.json").write_text("mine")
+    (outside / ".moves.json").write_text(json.dumps({"files": ["config.json"], "remove": []}))
+    (inside / name).symlink_to(outside)
+    with pytest.raises(FormatError, match="found a link"):
+        save(inside, NEW)
+    assert (outside / "config.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_list_of_moves_that_never_ends(tmp_path: Path, kind: str) -> None:
+    (tmp_path / COMPLETE).mkdir()
+    moves = tmp_path / COMPLETE / ".moves.json"
+    if kind == "pipe":
+        os.mkfifo(moves)
+    else:
+        moves.symlink_to("/dev/zero")
+    with pytest.raises(FormatError, match="expected a small file|found a link"):
+        complete(tmp_path)
+
+
+def test_what_is_left_from_before_there_was_a_directory(tmp_path: Path) -> None:
+    interrupted(tmp_path / "model", plan="the plan", resume=True)
+    (tmp_path / "model").mkdir()
+    save(tmp_path / "model", NEW)
+    assert listing(tmp_path) == ["model"] and state(tmp_path / "model") == NEW
+
+
+def test_a_process_that_was_forked_meanwhile_holds_nothing_up(tmp_path: Path) -> None:
+    """A worker of a data loader inherits the lock; once, the save waited until it ended."""
+    save(tmp_path, OLD)
+    with staged(tmp_path, obsolete=lambda name: True) as folder:
+        (folder / "config.json").write_text("new")
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE,
+                                 pass_fds=descriptors(folder))  # fmt: skip
+    try:
+        assert child.poll() is None and state(tmp_path) == {"config.json": "new"}
+    finally:
+        child.communicate(b"\n")
+
+
+def descriptors(folder: Path) -> tuple[int, ...]:
+    """What this process has opened of a folder."""
+    here = Path("/proc/self/fd")
+    if not here.is_dir():
+        pytest.skip("the system does not tell what is open")
+    found = [entry for entry in here.iterdir() if os.path.realpath(entry) == str(folder)]
+    assert found
+    return tuple(int(entry.name) for entry in found)
 
 
 def test_a_dead_process_holds_nothing(tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_small_pickles_cannot_ask_for_much() -> None:
     twins = b"\x80\x02)" + b"q\x00h\x00\x86" * 100
     with pytest.raises(FormatError, match="a tuple as the name of an entry"):
         load_pickle(io.BytesIO(b"\x80\x02}" + twins[2:] + b"Ns."), "f")
-    with pytest.raises(FormatError, match="more than 4000000 instructions"):
+    with pytest.raises(FormatError, match="more than 2000000 instructions"):
         load_pickle(io.BytesIO(b"\x80\x02" + b"N" * 4_000_010 + b"."), "f")
 
 
