@@ -159,7 +159,7 @@ def _sources(
 def _memory(source: Source, out: Outgoing, transposed: bool) -> int:
     """Bytes that converting one tensor takes: blocks read and cast, and what must be there whole."""
     tensor = source.tensor
-    blocks = 2 * BLOCK
+    blocks = 4 * BLOCK  # one is written while the next is read
     if out.dtype != tensor.dtype:
         blocks += 2 * BLOCK * out.dtype.itemsize // tensor.dtype.itemsize
     whole = source.transposed != transposed or not tensor.streams

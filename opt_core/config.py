@@ -393,7 +393,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ConfigError: not UTF-8, not JSON, or not an object; names the file and the place.
     """
     if path.stat().st_size > JSON_LIMIT:
-        raise ConfigError(f"{path}: expected at most {JSON_LIMIT} bytes, found more. Is it damaged?")
+        raise ConfigError(
+            f"{path}: expected at most {JSON_LIMIT} bytes, found more. Is it damaged?"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # digits or brackets without end, too

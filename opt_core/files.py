@@ -97,7 +97,9 @@ def check_link(path: Path, folder: Path) -> None:
     """
     if not path.is_symlink():
         return
-    snapshots = next((above for above in folder.absolute().parents if above.name == "snapshots"), None)
+    snapshots = next(
+        (above for above in folder.absolute().parents if above.name == "snapshots"), None
+    )
     homes = [folder.resolve(), *([snapshots.with_name("blobs").resolve()] if snapshots else [])]
     target = path.resolve()
     if not any(target.is_relative_to(home) for home in homes) or not target.is_file():

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +19,8 @@ from opt_core.checkpoints.output import Blocks, nbytes
 from opt_core.formats import Format
 from opt_core.loading import Source
 from opt_core.params import Param
+
+_Item = TypeVar("_Item")
 
 #: Called with the bytes written so far and the bytes of all.
 Progress = Callable[[int, int], None]
@@ -61,17 +67,40 @@ def write_weights(
         missing = writer.missing
         done = sum(nbytes(info) for info in infos if info.name not in missing)
         progress(done, total)
-        for out, info in zip(outgoing, infos, strict=True):
-            if info.name not in missing:
-                continue
-            turned = format.dialect.transposed(out.param)
-            blocks = out.source().blocks(turned, out.dtype)
-            writer.write(info.name, _counted(blocks, done, total, progress))
-            done += nbytes(info)
+
+        def counted(blocks: Iterable[tuple[str, np.ndarray]]) -> Blocks:
+            nonlocal done
+            for _, block in blocks:
+                yield block
+                done += block.nbytes
+                progress(done, total)
+
+        todo = [
+            (out, info.name)
+            for out, info in zip(outgoing, infos, strict=True)
+            if info.name in missing
+        ]
+        with closing(_ahead(_blocks(todo, format))) as blocks:
+            for name, pairs in groupby(blocks, key=itemgetter(0)):
+                writer.write(name, counted(pairs))
 
 
-def _counted(blocks: Blocks, done: int, total: int, progress: Progress) -> Blocks:
-    for block in blocks:
-        yield block
-        done += block.nbytes
-        progress(done, total)
+def _blocks(
+    outgoing: Sequence[tuple[Outgoing, str]], format: Format
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The values of all tensors, block by block, each with the name of its tensor."""
+    for out, name in outgoing:
+        for block in out.source().blocks(format.dialect.transposed(out.param), out.dtype):
+            yield name, block
+
+
+def _ahead(items: Iterator[_Item]) -> Generator[_Item, None, None]:
+    """The items, each made by another thread while the one before it is used.
+
+    So reading, turning and casting go on while the system writes.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = pool.submit(next, items, None)
+            yield item

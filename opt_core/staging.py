@@ -116,10 +116,10 @@ def _move(folder: Path, directory: Path) -> None:
     if moves.exists():
         files, gone = _read_moves(moves)
         for name in gone:
-            _make_way(directory / name)
+            _make_way(directory / name, folder)
         for name in files:
             if (folder / name).is_dir():
-                _make_way(directory / name)
+                _make_way(directory / name, folder)
             with suppress(FileNotFoundError):  # it was moved before
                 os.replace(folder / name, directory / name)
     sync_directory(directory)
@@ -131,10 +131,17 @@ def _former(directory: Path, obsolete: Callable[[str], bool]) -> list[Path]:
     return [path for path in directory.iterdir() if is_part(path.name) and obsolete(path.name)]
 
 
-def _make_way(path: Path) -> None:
-    """Remove a former part of a checkpoint; raises FormatError for a folder that is none."""
+def _make_way(path: Path, folder: Path) -> None:
+    """Remove a former part of a checkpoint; raises FormatError for a folder that is none.
+
+    A folder goes with the hidden one, for if it were emptied here and that interrupted, nobody could
+    tell any more what it was.
+    """
     _refuse_folder(path)
-    remove(path)
+    if path.is_dir() and not path.is_symlink():
+        os.rename(path, folder / f".{path.name}.former")
+    else:
+        remove(path)
 
 
 def _refuse_folder(path: Path) -> None:

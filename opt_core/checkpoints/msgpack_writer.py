@@ -139,5 +139,5 @@ class _File(PositionedFile):
                     position, left = next(runs)
                     self._file.seek(position)
                 piece, data = data[:left], data[left:]
-                self._file.write(piece.data)
+                self.put(piece)
                 left -= len(piece)

@@ -28,6 +28,9 @@ class TensorLike(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
+_RUN = 2**27  # bytes
+
+
 class WeightsFile(Protocol):
     """A file (or folder) being written.
 
@@ -62,6 +65,7 @@ class PositionedFile:
         self._infos = {info.name: info for info in infos}
         self._positions = positions
         self._file = open(path, "xb")  # noqa: SIM115 - see close
+        self._waiting = 0  # bytes that the system may not have pushed to the disk yet
         for position, text in texts.items():
             self._file.seek(position)
             self._file.write(text)
@@ -69,7 +73,15 @@ class PositionedFile:
     def write(self, name: str, blocks: Blocks) -> None:
         self._file.seek(self._positions[name])
         for block in checked(self._infos[name], blocks):
-            self._file.write(block.data)
+            self.put(block)
+
+    def put(self, data: NDArray[np.uint8]) -> None:
+        """Write where the file stands; what was written goes to the disk from time to time."""
+        self._file.write(data.data)
+        self._waiting += len(data)
+        if self._waiting >= _RUN:
+            sync_file(self._file)
+            self._waiting = 0
 
     def finish(self) -> None:
         sync_file(self._file)

@@ -95,7 +95,7 @@ class ZipFile(PositionedFile):
         crc = 0
         self._file.seek(self._positions[name])
         for block in checked(self._infos[name], blocks):
-            self._file.write(block.data)
+            self.put(block)
             crc = zlib.crc32(block.data, crc)
         key = self._keys[name]
         self._members[key] = replace(self._members[key], crc=crc)
