@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from opt_core.checkpoints.orbax_format import METADATA
-from opt_core.checkpoints.output import Blocks, TensorLike, checked
+from opt_core.checkpoints.output import Blocks, TensorLike, checked, write_pieces
 from opt_core.checkpoints.tensors import BLOCK
 from opt_core.checkpoints.zarr_format import DTYPES, METADATA_2, metadata_2
 from opt_core.errors import InputError
@@ -59,7 +59,7 @@ class OrbaxFolder:
                 while len(block):
                     file = file or next(files)
                     part, block = block[:left], block[left:]
-                    file.write(part.data)
+                    write_pieces(file, part)
                     left -= len(part)
                     if not left:
                         file.close()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ class TensorLike(Protocol):
 
 
 _RUN = 2**27  # bytes
+_PIECE = 2**17
 
 
 class WeightsFile(Protocol):
@@ -77,7 +78,7 @@ class PositionedFile:
 
     def put(self, data: NDArray[np.uint8]) -> None:
         """Write where the file stands; what was written goes to the disk from time to time."""
-        self._file.write(data.data)
+        write_pieces(self._file, data)
         self._waiting += len(data)
         if self._waiting >= _RUN:
             sync_file(self._file)
@@ -89,6 +90,15 @@ class PositionedFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def write_pieces(file: IO[bytes], data: NDArray[np.uint8]) -> None:
+    """Write bytes where a file stands, a little at a time.
+
+    For large writes Linux may seek large runs of free memory, which can take ten times as long.
+    """
+    for start in range(0, len(data), _PIECE):
+        file.write(data[start : start + _PIECE].data)
 
 
 def nbytes(info: TensorLike) -> int:
