@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, TypeVar
 
 import numpy as np
@@ -97,10 +98,31 @@ def _blocks(
 def _ahead(items: Iterator[_Item]) -> Generator[_Item, None, None]:
     """The items, each made by another thread while the one before it is used.
 
-    So reading, turning and casting go on while the system writes.
+    So reading, turning and casting go on while the system writes. The queues are in C: a signal that
+    is an exception in the midst of Python's own locks would leave them locked.
     """
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(next, items, None)
-        while (item := future.result()) is not None:
-            future = pool.submit(next, items, None)
+    wanted: SimpleQueue[bool] = SimpleQueue()
+    made: SimpleQueue[tuple[_Item | None, BaseException | None]] = SimpleQueue()
+
+    def make() -> None:
+        while wanted.get():
+            try:
+                made.put((next(items, None), None))
+            except BaseException as error:  # noqa: BLE001 - raised again where the items are used
+                made.put((None, error))
+
+    thread = Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        wanted.put(True)
+        while True:
+            item, error = made.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            wanted.put(True)
             yield item
+    finally:
+        wanted.put(False)
+        thread.join()
