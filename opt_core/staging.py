@@ -27,6 +27,7 @@ from opt_core.files import (
     atomic_write,
     parse_json_object,
     plain_name,
+    read_text_file,
     remove,
     sync_directory,
 )
@@ -237,7 +238,7 @@ def _discard_sibling(directory: Path) -> None:
 def _empty(folder: Path, *, unless: str | None) -> None:
     """Remove what an earlier try has left; if it had the plan, only what was half written."""
     plan = folder / _PLAN
-    kept = unless is not None and plan.is_file() and plan.read_text() == unless
+    kept = unless is not None and plan.is_file() and read_text_file(plan) == unless.encode()
     for entry in folder.iterdir():
         half_written = entry.name.startswith(".") and entry != plan  # by atomic_write
         if half_written or not kept:
