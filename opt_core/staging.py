@@ -9,6 +9,7 @@ the directory next completes it, so the former files are never mixed with the ne
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -104,7 +105,9 @@ def complete(directory: Path) -> None:
             try:
                 if _lock(folder, held, patience=60):  # else another process has done it meanwhile
                     _move(folder, directory)
-            except PermissionError as error:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
                 raise CheckpointError(
                     f"{directory}: a save was interrupted here when all was written, and cannot be "
                     f"completed ({error.strerror}). Make the directory writable, and try again."
