@@ -90,11 +90,13 @@ def test_an_index_whose_shard_is_missing(backend: Backend, folder: Path) -> None
 
 
 def test_a_directory_without_weights_or_config(backend: Backend, folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        backend.load(folder)
+    config = (folder / "config.json").read_bytes()
     (folder / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"config\.json"):
+        backend.load(folder)
+    (folder / "config.json").write_bytes(config)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         backend.load(folder)
 
 
