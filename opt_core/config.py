@@ -161,8 +161,12 @@ class OPTConfig:
         dtype = kwargs.pop("torch_dtype", None) or dtype
         self.torch_dtype = str(dtype).removeprefix("torch.") if dtype else None
         architectures = kwargs.pop("architectures", None) or ()
-        if not isinstance(architectures, list | tuple):
-            raise ConfigError(f"architectures: expected a list, found {architectures!r}.")
+        if not isinstance(architectures, list | tuple) or not all(
+            isinstance(name, str) for name in architectures
+        ):
+            raise ConfigError(
+                f"architectures: expected a list of names, found {str(architectures)[:200]}."
+            )
         self.architectures = tuple(architectures) or None
         self._set_labels(kwargs)
         self.problem_type = kwargs.pop("problem_type", None)

@@ -30,7 +30,8 @@ class Dialect:
         roots: attribute of a model -> its spelling, where that is another.
         leaves: kind, or name of a module -> leaf names, the usual first.
         modules: name of a module in its parent -> an older name of the module.
-        dropped: patterns of names that are left out on purpose.
+        dropped: patterns of names that are left out on purpose, unless nothing else spells a
+            parameter.
     """
 
     framework: str
@@ -97,7 +98,7 @@ DIALECTS = {
             "decoder.final_layer_norm": "layer_norm",
             "lm_head": "decoder.output_projection",
         },
-        dropped=(r"(model\.)?decoder\.version",),
+        dropped=(r"(model\.)?decoder\.version", r"(model\.)?decoder\.output_projection\.weight"),
     ),
     "tf": Dialect(
         "tf",

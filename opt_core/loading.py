@@ -215,6 +215,7 @@ def match(
 
 def _find(dialect: Dialect, param: Param, tensors: Mapping[str, LazyTensor]) -> str | None:
     found = [name for name in dialect.spellings(param) if name in tensors]
+    found = [name for name in found if not dialect.drops(name)] or found
     if len(found) > 1:
         raise CheckpointError(
             f"{param.name} is stored {len(found)} times, as {' and '.join(found)}: "

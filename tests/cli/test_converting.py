@@ -111,7 +111,7 @@ def test_the_table_of_a_dry_run(opt_zoo: Runner, module: Plain, tmp_path: Path) 
     rows = (
         r"read +29\.3 kB from 3 files \(torch\)",
         r"open at a time +3 files",
-        r"peak memory +16\.8 MB beyond the interpreter",
+        r"peak memory +33\.6 MB beyond the interpreter",
         r"written +29\.3 kB as keras: model\.weights\.h5",
         r"files +model\.weights\.h5, config\.json",
         r"tensors +52 \(float32\)",

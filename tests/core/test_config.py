@@ -258,3 +258,10 @@ def test_what_callers_of_transformers_do() -> None:
     assert OPTConfig.from_dict(config.to_dict()).label2id == {"neg": 0, "pos": 1}
     config._name_or_path = "somewhere"  # as adapter libraries set it
     assert config.name_or_path == "somewhere"
+
+
+@pytest.mark.parametrize("value", [[1], [None], ["OPTModel", 2.5], "OPTModel", {"a": 1}, [["x"]]])
+def test_architectures_are_names(value: Any) -> None:
+    """Found by the fuzzer: a number among them was an AttributeError wherever the class was asked for."""
+    with pytest.raises(ConfigError, match="architectures: expected a list"):
+        OPTConfig.from_dict({"model_type": "opt", "architectures": value})

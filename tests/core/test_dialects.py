@@ -220,3 +220,16 @@ def test_the_dtype_to_load_in(opened: Any) -> None:
 def test_unknown_dtypes(dtype: Any) -> None:
     with pytest.raises(InputError, match="Unknown dtype .* float32, float16, bfloat16"):
         dtype_name(dtype)
+
+
+def test_a_head_that_metaseq_s_name_repeats(opened: Any) -> None:
+    """`output_projection` is the head only where nothing else is."""
+    config = CONFIG.replace(tie_word_embeddings=False)
+    arrays = values(config)
+    older = "decoder.output_projection.weight"
+    arrays[older] = arrays[HEAD] + 1
+    sources, report = match(config, "OPTForCausalLM", opened(arrays))
+    assert sources[HEAD].tensor.name == HEAD and report == LoadReport()
+    del arrays[HEAD]
+    sources, report = match(config, "OPTForCausalLM", opened(arrays))
+    assert sources[HEAD].tensor.name == older and report == LoadReport()
