@@ -162,7 +162,7 @@ def _memory(source: Source, out: Outgoing, transposed: bool) -> int:
     blocks = 4 * BLOCK  # one is written while the next is read
     if out.dtype != tensor.dtype:
         blocks += 2 * BLOCK * out.dtype.itemsize // tensor.dtype.itemsize
-    whole = source.transposed != transposed or not tensor.streams
+    whole = source.turns(transposed) or not tensor.streams
     return blocks + (tensor.info.nbytes if whole else 0)
 
 

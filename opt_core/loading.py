@@ -15,7 +15,7 @@ from opt_core.config import OPTConfig
 from opt_core.dialects import Dialect, recognise
 from opt_core.dtypes import MODEL_DTYPES, dtype_name
 from opt_core.errors import CheckpointError
-from opt_core.params import ARCHITECTURES, TIED_HEAD_NAME, Param, param_table
+from opt_core.params import ARCHITECTURES, Param, param_table
 from opt_core.presets import PRESETS
 
 #: For who calls from Python: notes show in a traceback, and no command repeats them.
@@ -39,11 +39,11 @@ class Source:
     def read(self, framework: str) -> np.ndarray:
         """A fresh contiguous array in that framework's layout and the file's dtype."""
         array = self.tensor.read()
-        return transpose(array) if self._turns(framework) else array
+        return transpose(array) if self._turns_for(framework) else array
 
     def map(self, framework: str) -> np.ndarray:
         """As `read`, but a view on the file where it already holds the framework's layout."""
-        return self.read(framework) if self._turns(framework) else self.tensor.map()
+        return self.read(framework) if self._turns_for(framework) else self.tensor.map()
 
     def blocks(self, transposed: bool, dtype: np.dtype[Any] | None = None) -> Iterator[np.ndarray]:
         """The values in C order in arrays of a few megabytes, for a file with matrices so laid out.
@@ -55,14 +55,18 @@ class Source:
         Raises:
             CheckpointError: a value that `dtype` cannot hold.
         """
-        turns = self.transposed != transposed
-        for block in (
-            transposed_blocks(self.tensor.read_stored()) if turns else self.tensor.blocks()
-        ):
+        blocks = self.tensor.blocks()
+        if self.turns(transposed):
+            blocks = transposed_blocks(self.tensor.read_stored())
+        for block in blocks:
             yield block if dtype is None else cast(block, dtype, self.param.name)
 
-    def _turns(self, framework: str) -> bool:
-        return self.transposed != self.param.transposed(framework)
+    def turns(self, transposed: bool) -> bool:
+        """Whether the matrix has to be transposed for a layout that is, or is not, transposed."""
+        return self.transposed != transposed
+
+    def _turns_for(self, framework: str) -> bool:
+        return self.turns(self.param.transposed(framework))
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:
@@ -238,8 +242,7 @@ def _claimed(config: OPTConfig, architecture: str, dialect: Dialect) -> set[str]
     named = named_architecture(config)
     if named in (None, architecture):
         return set()
-    heads = (param for param in param_table(config, named) if not param.in_base_model)
-    return {spelling for param in heads for spelling in dialect.spellings(param)}
+    return {name for param in _heads(config, named) for name in dialect.spellings(param)}
 
 
 def _check_dtype(source: Source) -> None:
@@ -251,20 +254,25 @@ def _check_dtype(source: Source) -> None:
         )
 
 
+def _heads(config: OPTConfig, architecture: str) -> list[Param]:
+    """What a class of model has beyond its base model."""
+    return [param for param in param_table(config, architecture) if not param.in_base_model]
+
+
 def _other_heads(config: OPTConfig, architecture: str) -> Iterator[Param]:
     """Head parameters of the other classes of model."""
     untied = config.replace(tie_word_embeddings=False)
     for other in ARCHITECTURES:
         if other != architecture:
-            yield from (p for p in param_table(untied, other) if not p.in_base_model)
+            yield from _heads(untied, other)
 
 
 def _tied_head(config: OPTConfig) -> Param | None:
     """The head that is the embedding again; None where the configuration does not tie them."""
     if not config.tie_word_embeddings:
         return None
-    untied = param_table(config.replace(tie_word_embeddings=False), "OPTForCausalLM")
-    return next(param for param in untied if param.name == TIED_HEAD_NAME)
+    (head,) = _heads(config.replace(tie_word_embeddings=False), "OPTForCausalLM")
+    return head
 
 
 def tied_copies(config: OPTConfig, tensors: Mapping[str, LazyTensor]) -> list[Source]:

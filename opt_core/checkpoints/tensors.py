@@ -150,7 +150,7 @@ class LazyTensor:
         shape = (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
         out = empty_aligned(shape, self.dtype)
         if self._strides is not None:
-            out[...] = self.read()[(slice(None),) * dim + (slice(start, stop),)]
+            out[...] = self.read_stored()[(slice(None),) * dim + (slice(start, stop),)]
             return out
         item = math.prod(self.shape[dim + 1 :]) * self.dtype.itemsize
         if out.size:

@@ -14,12 +14,35 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from opt_core import OPTConfig
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+
+
+def _small(**changes: Any) -> OPTConfig:
+    return OPTConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=48,
+        max_position_embeddings=32,
+        **changes,
+    )
+
+
+#: Small models of each kind, for the files that others read.
+CONFIGS = {
+    "pre_norm": _small(),
+    "post_norm": _small(do_layer_norm_before=False, word_embed_proj_dim=24),
+    "untied": _small(tie_word_embeddings=False),
+}
 
 
 @dataclass(frozen=True)

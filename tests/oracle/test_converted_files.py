@@ -11,15 +11,9 @@ import pytest
 
 from benchmarks.random_checkpoint import write_random_checkpoint
 from conversion import convert
-from opt_core import OPTConfig
-from tests.oracle.jobs import Job, relative_error, run_ours, run_peer
+from tests.oracle.jobs import CONFIGS, Job, relative_error, run_ours, run_peer
 
 pytestmark = pytest.mark.oracle
-CONFIGS = {
-    "pre_norm": {},
-    "post_norm": {"do_layer_norm_before": False, "word_embed_proj_dim": 24},
-    "untied": {"tie_word_embeddings": False},
-}
 #: Framework of the reference -> formats that it reads whole, and in shards.
 READS = {
     "pt": (("safetensors", "bin", "bin-legacy"), ("safetensors", "bin", "bin-legacy")),
@@ -44,18 +38,9 @@ def test_transformers_reads_what_we_convert(framework: str, tmp_path: Path) -> N
     inputs = tmp_path / "in.npz"
     np.savez(inputs, input_ids=rng.integers(3, 96, (3, 7)), attention_mask=np.ones((3, 7), int))
     sources, jobs = [], []
-    for name, changes in CONFIGS.items():
+    for name, config in CONFIGS.items():
         if framework == "tf" and name == "untied":
             continue  # the reference's TensorFlow class has no head of its own
-        config = OPTConfig(
-            vocab_size=96,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            ffn_dim=48,
-            max_position_embeddings=32,
-            **changes,
-        )
         source = tmp_path / name
         write_random_checkpoint(source, config, scale=5.0)
         for target in conversions(framework, source, tmp_path):

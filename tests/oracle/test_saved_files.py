@@ -11,16 +11,10 @@ import numpy as np
 import pytest
 
 from benchmarks.random_checkpoint import write_random_checkpoint
-from opt_core import OPTConfig
-from tests.oracle.jobs import Job, peer_python, relative_error, run_ours, run_peer
+from tests.oracle.jobs import CONFIGS, Job, peer_python, relative_error, run_ours, run_peer
 
 pytestmark = pytest.mark.oracle
 FRAMEWORKS = ("torch", "tf", "flax")
-CONFIGS = {
-    "pre_norm": {},
-    "post_norm": {"do_layer_norm_before": False, "word_embed_proj_dim": 24},
-    "untied": {"tie_word_embeddings": False},
-}
 #: Which of the peers' classes read which of our files; TF has no untied head.
 READERS = [("hf437", "pt"), ("hf437", "tf"), ("hf437", "flax"), ("hf457", "pt"), ("hf5", "pt")]
 
@@ -52,16 +46,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     mask = np.ones_like(ids)
     np.savez(inputs, input_ids=ids, attention_mask=mask)
     jobs = {}
-    for name, changes in CONFIGS.items():
-        config = OPTConfig(
-            vocab_size=96,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            ffn_dim=48,
-            max_position_embeddings=32,
-            **changes,
-        )
+    for name, config in CONFIGS.items():
         write_random_checkpoint(folder / name, config, scale=5.0)
         jobs[f"{name}/source"] = Job(str(folder / name), str(inputs))
         for framework in FRAMEWORKS:
