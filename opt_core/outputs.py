@@ -53,7 +53,16 @@ class CausalLMOutput(ModelOutput):
 
 
 class GenerateOutput(ModelOutput):
-    FIELDS = ("sequences",)
+    FIELDS = (
+        "sequences",
+        "sequences_scores",
+        "scores",
+        "logits",
+        "beam_indices",
+        "attentions",
+        "hidden_states",
+        "past_key_values",
+    )
 
 
 OUTPUTS = (BaseModelOutput, CausalLMOutput, GenerateOutput)

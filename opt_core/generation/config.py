@@ -14,17 +14,7 @@ from typing import Any, Self
 from opt_core.config import OPTConfig, read_json_object
 from opt_core.errors import InputError
 from opt_core.files import atomic_write
-from opt_core.validation import (
-    Check,
-    flag,
-    non_negative,
-    optional,
-    positive,
-    probability,
-    token_id,
-    token_ids,
-    whole,
-)
+from opt_core.generation.values import CHECKS, NORMAL_FORMS
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 
@@ -33,42 +23,86 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 class GenerationConfig:
     """Options of text generation.
 
-    Names and defaults are those of transformers 4.37.2 (`generation/configuration_utils.py`); those
-    of them that opt-zoo does not have yet are kept in `extra` and refused by `plan` unless they say
-    nothing.
+    Names and defaults are those of transformers 4.37.2 (`generation/configuration_utils.py`), and a
+    few that later versions added: `min_p`, `stop_strings`, `output_logits`, `dola_layers`. Lists
+    become tuples; keys of other libraries are kept in `extra`.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: a value of the wrong kind or out of its range.
     """
 
+    # Lengths, and what else ends a sequence.
     max_length: int = 20  # of prompt and new tokens together
     max_new_tokens: int | None = None  # beats max_length
     min_length: int = 0
     min_new_tokens: int | None = None
+    early_stopping: bool | str = False  # of beams: True, False or "never"
+    max_time: float | None = None  # seconds
+    stop_strings: str | tuple[str, ...] | None = None
+    # The strategy.
     do_sample: bool = False
+    num_beams: int = 1
+    num_beam_groups: int = 1
+    penalty_alpha: float | None = None
+    low_memory: bool | None = None
+    num_assistant_tokens: int = 5
+    num_assistant_tokens_schedule: str = "heuristic"
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int | None = None
+    dola_layers: str | tuple[int, ...] | None = None
+    force_words_ids: tuple[Any, ...] | None = None
+    # What is done to the scores.
     temperature: float = 1.0
     top_k: int | None = 50
     top_p: float | None = 1.0
+    min_p: float | None = None
+    typical_p: float | None = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    diversity_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    encoder_repetition_penalty: float = 1.0  # of tokens that are not in the prompt
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    sequence_bias: Any = None  # {token ids: bias} or [[token ids, bias], ...]
+    renormalize_logits: bool = False
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | tuple[int, ...] | None = None
+    remove_invalid_values: bool = False
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = None
+    forced_decoder_ids: tuple[tuple[int, int], ...] | None = None
+    guidance_scale: float | None = None
+    # What is returned.
     num_return_sequences: int = 1
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    output_scores: bool = False
+    output_logits: bool = False
+    return_dict_in_generate: bool = False
+    # Special tokens.
     pad_token_id: int | None = None
     bos_token_id: int | None = None
-    eos_token_id: int | list[int] | tuple[int, ...] | None = None  # a list becomes a tuple
+    eos_token_id: int | tuple[int, ...] | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.eos_token_id, list):
-            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) is None and field.name not in _OPTIONAL:
-                object.__setattr__(self, field.name, field.default)  # None says nothing
-        for name, check in _CHECKS.items():
-            check(name, getattr(self, name))
+            value = getattr(self, field.name)
+            if value is None and field.name not in MEANINGFUL_NONE:
+                value = field.default  # None says nothing
+            if field.name in CHECKS:
+                CHECKS[field.name](field.name, value)
+            if field.name in NORMAL_FORMS:
+                value = NORMAL_FORMS[field.name](value)
+            object.__setattr__(self, field.name, value)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         eos = self.eos_token_id
-        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        return () if eos is None else (eos,) if isinstance(eos, int) else eos
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy; an option that does not exist is an error that names the nearest one.
@@ -77,11 +111,11 @@ class GenerationConfig:
             InputError: an unknown option.
             ConfigError: a value out of its range.
         """
-        own = {key: value for key, value in changes.items() if key in _FIELDS}
-        foreign = {key: value for key, value in changes.items() if key not in _FIELDS}
+        own = {key: value for key, value in changes.items() if key in FIELDS}
+        foreign = {key: value for key, value in changes.items() if key not in FIELDS}
         for name in foreign:
-            if name not in UNSUPPORTED and name not in IGNORED:
-                close = difflib.get_close_matches(name, [*_FIELDS, *UNSUPPORTED], n=1)
+            if name not in OTHER_OPTIONS:
+                close = difflib.get_close_matches(name, [*FIELDS, *CALL_ARGUMENTS], n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise InputError(f"generate has no option {name!r}.{hint}")
         return dataclasses.replace(self, **own, extra={**self.extra, **foreign})
@@ -89,8 +123,8 @@ class GenerationConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From the JSON form; keys of other libraries are kept in `extra`."""
-        known = {key: value for key, value in values.items() if key in _FIELDS}
-        extra = {key: value for key, value in values.items() if key not in _FIELDS}
+        known = {key: value for key, value in values.items() if key in FIELDS}
+        extra = {key: value for key, value in values.items() if key not in FIELDS}
         return cls(**known, extra=extra)
 
     @classmethod
@@ -101,13 +135,13 @@ class GenerationConfig:
     def from_model_config(cls, config: OPTConfig) -> Self:
         """The defaults of a model that brings no generation_config.json of its own."""
         ids = {"pad_token_id": config.pad_token_id, "bos_token_id": config.bos_token_id}
-        legacy = {k: v for k, v in config.extra.items() if k in _FIELDS or k in UNSUPPORTED}
+        legacy = {k: v for k, v in config.extra.items() if k in FIELDS or k in OTHER_OPTIONS}
         return cls.from_dict({**legacy, **ids, "eos_token_id": config.eos_token_id})
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: what differs from the defaults, and the extras."""
         defaults = GenerationConfig()
-        own = {f: getattr(self, f) for f in _FIELDS if getattr(self, f) != getattr(defaults, f)}
+        own = {f: getattr(self, f) for f in FIELDS if getattr(self, f) != getattr(defaults, f)}
         return {**self.extra, **own}
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -117,69 +151,33 @@ class GenerationConfig:
 
 
 #: Fields in which None says something other than the default.
-_OPTIONAL = ("top_k", "top_p", "pad_token_id", "bos_token_id", "eos_token_id")
-_FIELDS = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name != "extra")
-_CHECKS: Mapping[str, Check] = {
-    "max_length": whole(1),
-    "max_new_tokens": optional(whole(1)),
-    "min_length": whole(0),
-    "min_new_tokens": optional(whole(0)),
-    "do_sample": flag,
-    "temperature": non_negative,
-    "top_k": optional(whole(0)),
-    "top_p": optional(probability),
-    "repetition_penalty": positive,
-    "num_return_sequences": whole(1),
-    "pad_token_id": token_id,
-    "bos_token_id": token_id,
-    "eos_token_id": token_ids,
-}
-
-#: Options of the reference that this release does not have: name -> the value that says nothing.
-UNSUPPORTED: Mapping[str, Any] = {
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-    "penalty_alpha": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "min_p": None,
-    "no_repeat_ngram_size": 0,
+MEANINGFUL_NONE = ("top_k", "top_p", "typical_p", "pad_token_id", "bos_token_id", "eos_token_id")
+FIELDS = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name != "extra")
+#: Options of the reference that are no fields here: name -> the value that says nothing, which is
+#: the only one that OPT can have, or None where the option has no effect on one process with a cache.
+OTHER_OPTIONS: Mapping[str, Any] = {
     "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "bad_words_ids": None,
-    "force_words_ids": None,
-    "constraints": None,
-    "sequence_bias": None,
-    "renormalize_logits": False,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "remove_invalid_values": False,
-    "exponential_decay_length_penalty": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_decoder_ids": None,
-    "guidance_scale": None,
-    "prompt_lookup_num_tokens": None,
-    "prefix_allowed_tokens_fn": None,
-    "logits_processor": None,
-    "stopping_criteria": None,
-    "stop_strings": None,
-    "max_time": None,
-    "streamer": None,
-    "assistant_model": None,
-    "inputs_embeds": None,
-    "past_key_values": None,
-    "output_scores": False,
-    "output_logits": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "return_dict_in_generate": False,
+    "decoder_start_token_id": None,
+    "generation_kwargs": {},
+    "use_cache": None,
+    "synced_gpus": None,
 }
-#: Those of them that concern beams, and say nothing while there is one.
-BEAM_OPTIONS = ("length_penalty", "early_stopping")
-#: Accepted and without effect: decoding always has a cache, and never waits for other processes.
-IGNORED = ("use_cache", "synced_gpus")
+#: Arguments of `generate` that are objects, not data.
+CALL_ARGUMENTS = (
+    "input_ids",
+    "generation_config",
+    "attention_mask",
+    "inputs_embeds",
+    "past_key_values",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "constraints",
+    "assistant_model",
+    "streamer",
+    "tokenizer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "seed",
+    "noise",
+)

@@ -5,29 +5,57 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, replace
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, UnsupportedError
-from opt_core.generation.config import BEAM_OPTIONS, UNSUPPORTED, GenerationConfig
-from opt_core.generation.processors import (
-    LogitsProcessor,
-    MinLength,
-    MinNewTokens,
-    RepetitionPenalty,
-    Temperature,
-    TopK,
-    TopP,
+from opt_core.generation import processors as p
+from opt_core.generation.config import OTHER_OPTIONS, GenerationConfig
+from opt_core.generation.hooks import NO_HOOKS, Hooks
+from opt_core.generation.ordering import plan_processors
+from opt_core.generation.strategies import (
+    AssistedSearch,
+    ConstrainedBeamSearch,
+    GenerationMode,
+    Strategy,
+    choose_mode,
+    make_strategy,
 )
 
+#: Compiled loops are made for lengths that are multiples of this, of prompts and of new tokens.
+BUCKET = 32
 #: Below it, scores divided by the temperature would no longer be numbers of float32.
 LOWEST_TEMPERATURE = 1e-30
+#: Options -> what they are for; elsewhere they have no effect, which is said.
+PURPOSES = {
+    "temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff": "do_sample=True",
+    "early_stopping length_penalty num_beam_groups diversity_penalty": "num_beams above 1",
+    "penalty_alpha low_memory": "contrastive search (penalty_alpha, top_k, do_sample=False)",
+    "num_assistant_tokens num_assistant_tokens_schedule": "an assistant_model",
+    "max_matching_ngram_size": "prompt_lookup_num_tokens",
+    "output_scores output_logits output_attentions output_hidden_states": (
+        "return_dict_in_generate=True"
+    ),
+}
 
 
-class GenerationMode(Enum):
-    GREEDY = "greedy"
-    SAMPLE = "sample"
+@dataclass(frozen=True)
+class PromptLengths:
+    """What a plan must know of the prompts.
+
+    Attributes:
+        columns: of the prompts with their padding, past tokens included.
+        counted: those of them that `max_length` and the like count: none of embeddings without ids.
+        longest: the number of real tokens in the longest row.
+        past: columns that are in a cache already.
+        is_padded: whether any column of any row is padding.
+    """
+
+    columns: int
+    counted: int
+    longest: int
+    past: int = 0
+    is_padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,78 +65,143 @@ class DecodePlan:
     `capacity` is the number of cache columns that prompt and new tokens need.
     """
 
-    mode: GenerationMode
-    processors: tuple[LogitsProcessor, ...]
+    strategy: Strategy
+    processors: tuple[p.LogitsProcessor, ...]
     prompt_length: int
     max_new_tokens: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
-    num_return_sequences: int
+    num_return_sequences: int = 1
+    past_length: int = 0
+    is_padded: bool = False
+    dola_layers: tuple[int, ...] = ()
 
     @property
     def capacity(self) -> int:
         return self.prompt_length + self.max_new_tokens - 1  # the last token is never fed back
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether a second set of rows, without the prompts, runs beside the first."""
+        return any(isinstance(processor, p.Guidance) for processor in self.processors)
 
-def make_plan(options: GenerationConfig, config: OPTConfig, prompt_length: int) -> DecodePlan:
-    """Turns options into a plan for prompts of `prompt_length` columns, or says why that cannot be.
+    @property
+    def needs_host(self) -> bool:
+        """Whether the loop runs code that cannot be compiled into it."""
+        return isinstance(self.strategy, ConstrainedBeamSearch | AssistedSearch) or any(
+            isinstance(processor, p.HostProcessor) for processor in self.processors
+        )
+
+    def bucketed(self) -> DecodePlan:
+        """The plan with both lengths rounded up, so that few are compiled.
+
+        A loop that runs it is told at run time how many columns and tokens are meant.
+        """
+        prompt_length = -(-self.prompt_length // BUCKET) * BUCKET
+        pads = prompt_length - self.prompt_length
+        return replace(
+            self,
+            prompt_length=prompt_length,
+            max_new_tokens=-(-self.max_new_tokens // BUCKET) * BUCKET,
+            past_length=self.past_length and self.past_length + pads,
+            is_padded=True,
+        )
+
+
+def make_plan(
+    options: GenerationConfig,
+    config: OPTConfig,
+    lengths: PromptLengths | int,
+    hooks: Hooks = NO_HOOKS,
+) -> DecodePlan:
+    """Turns options into a plan for prompts of these lengths, or says why that cannot be.
+
+    Args:
+        lengths: of the prompts; a number stands for prompts without padding.
 
     Raises:
-        InputError: options that contradict each other, the prompt or the model.
-        UnsupportedError: an option that this release does not have.
+        InputError: options that contradict each other, the prompts or the model.
+        UnsupportedError: an option that OPT models cannot have.
     """
-    beams = options.extra.get("num_beams", 1)
-    for name, neutral in UNSUPPORTED.items():
-        value = options.extra.get(name, neutral)
-        if name in BEAM_OPTIONS and beams in (None, 1):
-            continue  # without beams they say nothing
-        if value is not None and value != neutral and value != []:
-            raise UnsupportedError(
-                f"generate: {name}={options.extra[name]!r} is not supported in this release. "
-                "Supported: greedy decoding and sampling with temperature, top_k, top_p, "
-                "repetition_penalty, min_length, min_new_tokens."
-            )
-    max_new_tokens = _max_new_tokens(options, config, prompt_length)
-    eos = options.eos_token_ids
-    for token in eos:
-        if not 0 <= token < config.vocab_size:
-            raise InputError(
-                f"eos_token_id={token} lies outside the vocabulary of {config.vocab_size} tokens."
-            )
-    _check_consistency(options, prompt_length + max_new_tokens, max_new_tokens)
-    if options.num_return_sequences > 1 and not options.do_sample:
-        raise InputError(
-            f"num_return_sequences={options.num_return_sequences} needs do_sample=True: greedy "
-            "decoding gives the same sequence each time."
-        )
+    if isinstance(lengths, int):
+        lengths = PromptLengths(lengths, lengths, lengths)
+    _refuse_foreign(options)
+    hooks.check(options)
+    mode = choose_mode(
+        options,
+        constrained=bool(hooks.constraints),
+        assisted=hooks.assistant_model is not None,
+    )
+    strategy = make_strategy(mode, options)
+    max_new_tokens = _max_new_tokens(options, config, lengths)
+    _check_ids(options, config)
+    _check_consistency(options, lengths.counted + max_new_tokens, max_new_tokens)
+    _warn_of_unused(options, mode)
     return DecodePlan(
-        mode=GenerationMode.SAMPLE if options.do_sample else GenerationMode.GREEDY,
-        processors=tuple(_processors(options, config, prompt_length)),
-        prompt_length=prompt_length,
+        strategy=strategy,
+        processors=tuple(plan_processors(options, config, lengths.counted, hooks)),
+        prompt_length=lengths.columns,
         max_new_tokens=max_new_tokens,
-        eos_token_ids=eos,
-        pad_token_id=_pad_token_id(options, config.vocab_size),
+        eos_token_ids=options.eos_token_ids,
+        pad_token_id=_pad_token_id(options),
         num_return_sequences=options.num_return_sequences,
+        past_length=lengths.past,
+        is_padded=lengths.is_padded,
+        dola_layers=_dola_layers(options, config),
     )
 
 
-def _max_new_tokens(options: GenerationConfig, config: OPTConfig, prompt_length: int) -> int:
+def _refuse_foreign(options: GenerationConfig) -> None:
+    for name, neutral in OTHER_OPTIONS.items():
+        value = options.extra.get(name)
+        if value not in (None, neutral) and neutral is not None:
+            raise UnsupportedError(
+                f"generate: {name}={value!r} is for models with an encoder, which OPT does not have."
+            )
+
+
+def _max_new_tokens(options: GenerationConfig, config: OPTConfig, lengths: PromptLengths) -> int:
     count = options.max_new_tokens
     if count is None:
-        count = options.max_length - prompt_length
+        count = options.max_length - lengths.counted
     if count < 1:
         raise InputError(
-            f"The prompt has {prompt_length} tokens, but max_length={options.max_length} counts "
+            f"The prompt has {lengths.counted} tokens, but max_length={options.max_length} counts "
             "prompt and new tokens together: nothing is left to generate. Set max_new_tokens."
         )
-    total = prompt_length + count - 1  # the last new token is not fed back
+    total = lengths.longest + count - 1  # the last new token is not fed back
     if total > config.max_position_embeddings:
         raise InputError(
-            f"A prompt of {prompt_length} tokens and {count} new ones need {total} positions, but "
+            f"A prompt of {lengths.longest} tokens and {count} new ones need {total} positions, but "
             f"the position table has {config.max_position_embeddings} (max_position_embeddings). "
             "Shorten the prompt or lower max_new_tokens."
         )
     return count
+
+
+def _check_ids(options: GenerationConfig, config: OPTConfig) -> None:
+    for name, ids in _ids(options):
+        for token in ids:
+            if not 0 <= token < config.vocab_size:
+                raise InputError(
+                    f"{name}={token} lies outside the vocabulary of {config.vocab_size} tokens."
+                )
+
+
+def _ids(options: GenerationConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Each option's token ids."""
+    yield "eos_token_id", options.eos_token_ids
+    for name in ("pad_token_id", "forced_bos_token_id", "forced_eos_token_id"):
+        value = getattr(options, name)
+        yield name, () if value is None else value if isinstance(value, tuple) else (value,)
+    yield "suppress_tokens", options.suppress_tokens or ()
+    yield "begin_suppress_tokens", options.begin_suppress_tokens or ()
+    yield "forced_decoder_ids", tuple(token for _, token in options.forced_decoder_ids or ())
+    yield "bad_words_ids", tuple(token for word in options.bad_words_ids or () for token in word)
+    yield "sequence_bias", tuple(token for ids, _ in options.sequence_bias or () for token in ids)
+    for word in options.force_words_ids or ():
+        alternatives = (word,) if isinstance(word[0], int) else word
+        yield "force_words_ids", tuple(token for ids in alternatives for token in ids)
 
 
 def _check_consistency(options: GenerationConfig, length: int, max_new_tokens: int) -> None:
@@ -127,21 +220,37 @@ def _check_consistency(options: GenerationConfig, length: int, max_new_tokens: i
             f"temperature={options.temperature}: sampling needs at least {LOWEST_TEMPERATURE}. "
             "For the most likely tokens, use do_sample=False."
         )
-    if not options.do_sample:
-        defaults = GenerationConfig()
-        for name in ("temperature", "top_k", "top_p"):
+    if options.diversity_penalty and options.num_beams > 1 and options.num_beam_groups == 1:
+        raise InputError(
+            f"diversity_penalty={options.diversity_penalty} acts between groups of beams: set "
+            "num_beam_groups above 1."
+        )
+    if options.exponential_decay_length_penalty is not None and not options.eos_token_ids:
+        raise InputError("exponential_decay_length_penalty needs an eos_token_id to make likelier.")
+
+
+def _warn_of_unused(options: GenerationConfig, mode: GenerationMode) -> None:
+    contrastive = mode is GenerationMode.CONTRASTIVE
+    used = {
+        "do_sample=True": options.do_sample,
+        "num_beams above 1": options.num_beams > 1,
+        "an assistant_model": mode is GenerationMode.ASSISTED,
+        "prompt_lookup_num_tokens": mode is GenerationMode.PROMPT_LOOKUP,
+        "return_dict_in_generate=True": options.return_dict_in_generate,
+    }
+    defaults = GenerationConfig()
+    for names, purpose in PURPOSES.items():
+        if used.get(purpose, contrastive):
+            continue
+        for name in names.split():
             value = getattr(options, name)
-            if value is not None and value != getattr(defaults, name):
-                warnings.warn(f"{name}={value} has no effect without do_sample=True.", stacklevel=5)
+            if value in (None, getattr(defaults, name)) or (name == "top_k" and contrastive):
+                continue
+            warnings.warn(f"{name}={value} has no effect without {purpose}.", stacklevel=4)
 
 
-def _pad_token_id(options: GenerationConfig, vocab_size: int) -> int:
+def _pad_token_id(options: GenerationConfig) -> int:
     if options.pad_token_id is not None:
-        if not 0 <= options.pad_token_id < vocab_size:
-            raise InputError(
-                f"pad_token_id={options.pad_token_id} lies outside the vocabulary of {vocab_size} "
-                "tokens."
-            )
         return options.pad_token_id
     if not options.eos_token_ids:
         return 0  # no row ever ends early, so nothing is ever padded
@@ -153,22 +262,8 @@ def _pad_token_id(options: GenerationConfig, vocab_size: int) -> int:
     return options.eos_token_ids[0]
 
 
-def _processors(
-    options: GenerationConfig, config: OPTConfig, prompt_length: int
-) -> Iterator[LogitsProcessor]:
-    """In the reference's order (`generation/utils.py:_get_logits_processor`, `_get_logits_warper`)."""
-    eos = options.eos_token_ids
-    if options.repetition_penalty != 1.0:
-        yield RepetitionPenalty(float(options.repetition_penalty))
-    if eos and options.min_length > prompt_length:
-        yield MinLength(options.min_length, eos)
-    if eos and options.min_new_tokens:
-        yield MinNewTokens(options.min_new_tokens, eos)
-    if not options.do_sample:
-        return
-    if options.temperature != 1.0:
-        yield Temperature(float(options.temperature))
-    if options.top_k:
-        yield TopK(min(options.top_k, config.vocab_size))
-    if options.top_p is not None and options.top_p < 1.0:
-        yield TopP(float(options.top_p))
+def _dola_layers(options: GenerationConfig, config: OPTConfig) -> tuple[int, ...]:
+    """The layers that DoLa compares the last one with; none where it is not asked for."""
+    if options.dola_layers is None:
+        return ()
+    raise UnsupportedError("dola_layers is not supported in this release.")

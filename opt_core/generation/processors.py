@@ -1,17 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
 """The logits processors as data: what to do to the scores, without a line of tensor code.
 
-Each backend's `generation/processors.py` says how, under the same names.
+Each backend's `generation/processors.py` says how, under the same names. Pads are not part of a row:
+no processor counts, compares or forbids because of them. A *column* counts from the first column of
+the prompts as they were given, their padding included.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class LogitsProcessor:
     """One change to the scores [B, V] of the next token."""
+
+
+@dataclass(frozen=True)
+class HostProcessor(LogitsProcessor):
+    """A processor that runs code of the caller, which no compiled loop can hold."""
+
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Guidance(LogitsProcessor):
+    """Moves log-probabilities away from those without the prompt (classifier-free guidance).
+
+    `unconditional + scale * (scores - unconditional)`, both as log-probabilities (arXiv:2306.17806).
+    """
+
+    scale: float
+
+
+@dataclass(frozen=True)
+class SequenceBias(LogitsProcessor):
+    """Adds a bias to the last token of each sequence where the row ends with what stands before it.
+
+    As in the reference, a row must have as many tokens as the whole sequence.
+    """
+
+    biases: tuple[tuple[tuple[int, ...], float], ...]  # (token ids, bias)
+
+
+@dataclass(frozen=True)
+class Diversity(LogitsProcessor):
+    """Subtracts `penalty` for each time that earlier beam groups chose the token at this step."""
+
+    penalty: float
+
+
+@dataclass(frozen=True)
+class PromptRepetitionPenalty(LogitsProcessor):
+    """Multiplies positive scores of the prompt's tokens, and divides negative ones."""
+
+    penalty: float
 
 
 @dataclass(frozen=True)
@@ -22,8 +67,15 @@ class RepetitionPenalty(LogitsProcessor):
 
 
 @dataclass(frozen=True)
+class NoRepeatNGram(LogitsProcessor):
+    """No sequence of `size` tokens a second time in a row."""
+
+    size: int
+
+
+@dataclass(frozen=True)
 class MinLength(LogitsProcessor):
-    """No end of sequence before the row, padding included, has `length` tokens."""
+    """No end of sequence before the row has `length` columns."""
 
     length: int
     eos_token_ids: tuple[int, ...]
@@ -35,6 +87,73 @@ class MinNewTokens(LogitsProcessor):
 
     count: int
     eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PrefixAllowed(HostProcessor):
+    """Only the tokens of the list `function(prompt number, token ids of the row)`."""
+
+    rows_per_prompt: int
+
+
+@dataclass(frozen=True)
+class ForcedBOS(LogitsProcessor):
+    """Nothing but `token_id` after a single column."""
+
+    token_id: int
+
+
+@dataclass(frozen=True)
+class ForcedEOS(LogitsProcessor):
+    """Nothing but the `token_ids`, all with score 0, as the last of the tokens allowed."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RemoveInvalid(LogitsProcessor):
+    """0 for NaN, the highest and the lowest finite number for the infinities."""
+
+
+@dataclass(frozen=True)
+class LengthDecay(LogitsProcessor):
+    """Raises the scores of the ends by `|score| (factor ** n - 1)`, n tokens after `start` new ones."""
+
+    start: int
+    factor: float
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Suppress(LogitsProcessor):
+    """None of these tokens."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SuppressAtBegin(LogitsProcessor):
+    """None of these tokens as the new token number `step`, counted from 0."""
+
+    token_ids: tuple[int, ...]
+    step: int
+
+
+@dataclass(frozen=True)
+class ForceTokens(LogitsProcessor):
+    """Nothing but a certain token in certain columns."""
+
+    tokens: tuple[tuple[int, int], ...]  # (column, token id)
+
+
+@dataclass(frozen=True)
+class UserDefined(HostProcessor):
+    """`function(token ids [B, columns], scores [B, V])` -> scores, in the framework's own arrays."""
+
+
+@dataclass(frozen=True)
+class Renormalize(LogitsProcessor):
+    """Log-probabilities of the scores."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +172,75 @@ class TopK(LogitsProcessor):
 
 @dataclass(frozen=True)
 class TopP(LogitsProcessor):
-    """Keeps the fewest highest scores whose probabilities sum to at least `p`; one at least."""
+    """Keeps the fewest highest scores whose probabilities sum to at least `p`; `keep` at least."""
 
     p: float
+    keep: int = 1
 
 
-PROCESSORS = (RepetitionPenalty, MinLength, MinNewTokens, Temperature, TopK, TopP)
+@dataclass(frozen=True)
+class MinP(LogitsProcessor):
+    """Keeps tokens at least `p` times as likely as the likeliest; `keep` at least (arXiv:2407.01082)."""
+
+    p: float
+    keep: int = 1
+
+
+@dataclass(frozen=True)
+class Typical(LogitsProcessor):
+    """Keeps the tokens of nearly average surprise with `mass` probability; `keep` at least.
+
+    arXiv:2202.00666.
+    """
+
+    mass: float
+    keep: int = 1
+
+
+@dataclass(frozen=True)
+class Epsilon(LogitsProcessor):
+    """Keeps tokens of at least this probability; the `keep` likeliest always (arXiv:2210.15191)."""
+
+    cutoff: float
+    keep: int = 1
+
+
+@dataclass(frozen=True)
+class Eta(LogitsProcessor):
+    """Keeps tokens of at least min(cutoff, sqrt(cutoff) exp(-entropy)); the `keep` likeliest always.
+
+    arXiv:2210.15191.
+    """
+
+    cutoff: float
+    keep: int = 1
+
+
+#: In the order in which they are applied.
+PROCESSORS = (
+    Guidance,
+    SequenceBias,
+    Diversity,
+    PromptRepetitionPenalty,
+    RepetitionPenalty,
+    NoRepeatNGram,
+    MinLength,
+    MinNewTokens,
+    PrefixAllowed,
+    ForcedBOS,
+    ForcedEOS,
+    RemoveInvalid,
+    LengthDecay,
+    Suppress,
+    SuppressAtBegin,
+    ForceTokens,
+    UserDefined,
+    Temperature,
+    TopK,
+    TopP,
+    MinP,
+    Typical,
+    Epsilon,
+    Eta,
+    Renormalize,
+)

@@ -1,14 +1,117 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for prompts in all three backends."""
+"""The prompts of `generate`: checked, and moved to the right of their padding, once for all backends.
+
+Arrays are numpy's, or traced ones of a namespace that is numpy's twin, whose values cannot be checked.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.plan import DecodePlan, PromptLengths
 from opt_core.inputs import Shape, check_ids
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts to the right of their padding.
+
+    Attributes:
+        given: [B, T] token ids in the order in which they were given; None of embeddings alone.
+        tokens: [B or 2B, T]; the second half, if there is one, guides without the prompt.
+        mask: [B or 2B, T], 1 at real tokens, 0 at pads.
+        known: [B, T], the mask of columns whose tokens are known, not embeddings alone.
+        order: [B, T], the column that each column came from.
+        offset: columns before the first that counts.
+        lengths: what a plan must know.
+    """
+
+    given: Any
+    tokens: Any
+    mask: Any
+    known: Any
+    order: Any
+    offset: int
+    lengths: PromptLengths
+
+
+@dataclass(frozen=True)
+class GivenPrompts:
+    """The prompts among the arguments of `generate`; arrays or None.
+
+    Attributes:
+        embeds_shape: [B, T, E] of `inputs_embeds`, where given.
+        past_length: the columns of `past_key_values`.
+    """
+
+    input_ids: Any
+    attention_mask: Any
+    embeds_shape: Shape | None = None
+    past_length: int = 0
+    negative_ids: Any = None
+    negative_mask: Any = None
+
+
+def read_prompts(
+    given: GivenPrompts, options: GenerationConfig, config: OPTConfig, xp: Any = np
+) -> Prompts:
+    """The prompts that a loop starts from.
+
+    Args:
+        xp: numpy, or the namespace of traced arrays.
+
+    Raises:
+        InputError: prompts that are not a batch of token ids, nor fit the model, the mask or the cache;
+            a row without a single real token.
+    """
+    embeds_only = given.input_ids is None and given.embeds_shape is not None
+    if embeds_only:
+        _check_embeds(given.embeds_shape or (), config)
+        tokens = xp.full(given.embeds_shape[:2], options.pad_token_id or 0)  # type: ignore[index]
+    else:
+        tokens = xp.asarray(start_of_text(options) if given.input_ids is None else given.input_ids)
+        check_prompt_shape(tokens.shape, str(tokens.dtype))
+        _check_with_embeds(tokens.shape, given)
+    mask = given.attention_mask
+    if mask is None and infers_mask(options) and not embeds_only:
+        mask = tokens != options.pad_token_id
+    mask = xp.ones_like(tokens) if mask is None else xp.asarray(mask)
+    is_padded, longest = True, tokens.shape[1]
+    if xp is np:
+        check_prompts(tokens, mask, config)
+        is_padded, longest = not mask.all(), int(mask.sum(axis=1).max())
+    tokens, mask = tokens.astype(np.int32), mask.astype(np.int32)
+    ids = None if embeds_only else tokens
+    order = xp.argsort(mask, axis=1, stable=True)  # [B, T]
+    if given.past_length:
+        _check_past(given, order, xp)
+    tokens, mask = (xp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
+    known = xp.zeros_like(mask) if embeds_only else mask
+    columns = tokens.shape[1]
+    offset = columns if embeds_only else 0
+    if options.guidance_scale not in (None, 1):
+        guides = _guides(given, tokens, options, config, xp)
+        tokens, mask = (xp.concatenate(pair) for pair in zip((tokens, mask), guides, strict=True))
+        is_padded = True
+    elif given.negative_ids is not None:
+        raise InputError("negative_prompt_ids needs a guidance_scale other than 1.")
+    lengths = PromptLengths(columns, columns - offset, longest, given.past_length, is_padded)
+    return Prompts(ids, tokens, mask, known, order, offset, lengths)
+
+
+def bucketed(plan: DecodePlan, prompts: Prompts, xp: Any = np) -> tuple[DecodePlan, Prompts]:
+    """Plan and prompts with lengths rounded up: pads before the prompts, and room behind them."""
+    wide = plan.bucketed()
+    pads = wide.prompt_length - plan.prompt_length
+    before = ((0, 0), (pads, 0))
+    padded = {name: xp.pad(getattr(prompts, name), before) for name in ("tokens", "mask", "known")}
+    return wide, replace(prompts, **padded, offset=prompts.offset + pads)
 
 
 def infers_mask(options: GenerationConfig) -> bool:
@@ -37,20 +140,6 @@ def check_prompt_shape(shape: Shape, dtype: str) -> None:
         raise InputError(f"input_ids: expected whole numbers, found {dtype}.")
 
 
-def check_seed(seed: int | None, noise: object) -> None:
-    """Raises InputError unless sampling is decided once, by a seed that every framework takes."""
-    if seed is not None and noise is not None:
-        raise InputError("Give seed or noise, not both: each of them decides the sampling.")
-    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**32):
-        raise InputError(f"seed: expected a whole number from 0 to 2**32 - 1, found {seed!r}.")
-
-
-def check_noise(shape: Shape, expected: tuple[int, int, int]) -> None:
-    """Raises InputError unless the noise is [steps, rows, V]; more steps than needed may be given."""
-    if tuple(shape[1:]) != expected[1:] or (shape[0] or 0) < expected[0]:
-        raise InputError(f"noise: expected {expected}, found {tuple(shape)}.")
-
-
 def check_prompts(input_ids: np.ndarray, attention_mask: np.ndarray, config: OPTConfig) -> None:
     """Checks the values of prompts [B, T] and of their mask.
 
@@ -72,3 +161,70 @@ def check_prompts(input_ids: np.ndarray, attention_mask: np.ndarray, config: OPT
             "Give it at least one token, such as the bos_token."
         )
     check_ids(int(input_ids.min()), int(input_ids.max()), config.vocab_size)
+
+
+def check_seed(seed: int | None, noise: object) -> None:
+    """Raises InputError unless sampling is decided once, by a seed that every framework takes."""
+    if seed is not None and noise is not None:
+        raise InputError("Give seed or noise, not both: each of them decides the sampling.")
+    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**32):
+        raise InputError(f"seed: expected a whole number from 0 to 2**32 - 1, found {seed!r}.")
+
+
+def check_noise(shape: Shape, expected: tuple[int, int, int]) -> None:
+    """Raises InputError unless the noise is [steps, rows, V]; more steps than needed may be given."""
+    if tuple(shape[1:]) != expected[1:] or (shape[0] or 0) < expected[0]:
+        raise InputError(f"noise: expected {expected}, found {tuple(shape)}.")
+
+
+def _check_embeds(shape: Shape, config: OPTConfig) -> None:
+    if len(shape) != 3 or 0 in shape or shape[2] != config.word_embed_proj_dim:
+        raise InputError(
+            "inputs_embeds: expected [batch, tokens, word_embed_proj_dim="
+            f"{config.word_embed_proj_dim}], found {tuple(shape)}."
+        )
+
+
+def _check_with_embeds(shape: Shape, given: GivenPrompts) -> None:
+    if given.embeds_shape is not None and tuple(given.embeds_shape[:2]) != tuple(shape):
+        raise InputError(
+            f"inputs_embeds and input_ids must be as many: found {tuple(given.embeds_shape)} and "
+            f"{tuple(shape)}. Give the embeddings alone, or the ids that they stand for."
+        )
+
+
+def _check_past(given: GivenPrompts, order: Any, xp: Any) -> None:
+    columns = order.shape[1]
+    if given.embeds_shape is not None:
+        raise InputError("past_key_values and inputs_embeds cannot be given together.")
+    if given.past_length >= columns:
+        raise InputError(
+            f"past_key_values holds {given.past_length} tokens, and input_ids only {columns}: give "
+            "all tokens, those in the cache and at least one that is not."
+        )
+    if xp is np and (order != np.arange(columns)).any():
+        raise InputError(
+            "Prompts that continue past_key_values must be padded on the left: the cache cannot move."
+        )
+
+
+def _guides(
+    given: GivenPrompts, tokens: Any, options: GenerationConfig, config: OPTConfig, xp: Any
+) -> tuple[Any, Any]:
+    """Tokens and mask [B, T] of rows without the prompts: its last token, or the negative prompts."""
+    if given.embeds_shape is not None or given.past_length:
+        raise InputError("guidance_scale needs input_ids alone: no embeddings, no past_key_values.")
+    columns = tokens.shape[1]
+    if given.negative_ids is None:
+        is_last = xp.arange(columns) == columns - 1
+        return tokens, xp.broadcast_to(is_last, tokens.shape).astype(np.int32)
+    negative = GivenPrompts(given.negative_ids, given.negative_mask)
+    found = read_prompts(negative, options.replace(guidance_scale=None), config, xp)
+    missing = columns - found.tokens.shape[1]
+    if missing < 0 or found.tokens.shape[0] != tokens.shape[0]:
+        raise InputError(
+            f"negative_prompt_ids: expected {tokens.shape[0]} rows of at most {columns} tokens, as "
+            f"many as input_ids has, found {found.tokens.shape}. Pad input_ids on the left."
+        )
+    before = ((0, 0), (missing, 0))
+    return xp.pad(found.tokens, before), xp.pad(found.mask, before)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two phases of decoding, and the loop over the second.
+"""The two phases of decoding, and how a loop repeats the second.
 
-The loop receives `step(token, cache) -> (logits, cache)`, so it can be run without a model.
+Loops receive `step(tokens [B, T], cache) -> StepOutput`, so they can be run without a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -16,85 +17,149 @@ import jax.numpy as jnp
 from jax import Array
 
 from opt_core.generation.plan import DecodePlan
+from opt_core.generation.watching import Watch
 from opt_flax.cache import KVCache
-from opt_flax.generation.processors import process
-from opt_flax.generation.state import DecodeState
+from opt_flax.generation.state import DecodeState, Inputs, StepOutput
+from opt_flax.masks import positions_from_mask
 
-Step = Callable[[Array, Any], tuple[Array, Any]]
+Step = Callable[[Array, Any], StepOutput]
 Noise = Callable[[Array], Array]
+State = TypeVar("State")
 
 
-def last_logits(model: Any, *args: Any, **options: Any) -> tuple[Array, KVCache]:
-    """Runs a bound module; returns the logits of the last column [B, V] and the cache."""
-    hidden_states, cache = model.model(*args, use_cache=True, return_dict=False, **options)[:2]
-    return model.logits(hidden_states[:, -1]), cache
+def run_model(
+    module: Any,
+    params: Any,
+    watch: Watch | None,
+    last: bool,
+    tokens: Array | None,
+    **arguments: Any,
+) -> StepOutput:
+    """One call of the model; with `last`, logits of the last column alone."""
+    sees = watch is not None and watch.sees_layers
+    output, logits = forward(module, params, sees, last, tokens, arguments)
+    if watch is not None and sees:
+        watch.ran(output.attentions, output.hidden_states)
+    return StepOutput(logits, output.last_hidden_state, output.past_key_values)
+
+
+@partial(jax.jit, static_argnames=("module", "sees", "last"))
+def forward(
+    module: Any, params: Any, sees: bool, last: bool, tokens: Array | None, arguments: Any
+) -> tuple[Any, Array]:
+    """The base model's output and logits [B, 1 or T, V], compiled where nothing around it is."""
+
+    def run(bound: Any) -> tuple[Any, Array]:
+        output = bound.model(
+            tokens,
+            use_cache=True,
+            output_attentions=sees,
+            output_hidden_states=sees,
+            return_dict=True,
+            **arguments,
+        )
+        hidden_states = output.last_hidden_state  # [B, T, E]
+        return output, bound.logits(hidden_states[:, -1:] if last else hidden_states)
+
+    return nn.apply(run, module)({"params": params})
 
 
 def prefill(
-    module: Any, params: Any, tokens: Array, mask: Array | None, plan: DecodePlan
-) -> tuple[Array, KVCache]:
-    """Runs the prompts [B, T] into a fresh cache; returns the last logits [B, V] and the cache."""
-    run = nn.apply(last_logits, module)
-    logits, cache = run({"params": params}, tokens, attention_mask=mask)
-    return logits, cache.with_capacity(plan.capacity)
+    module: Any, params: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None
+) -> StepOutput:
+    """Runs the prompts [B, T] into a cache of fixed size; returns the logits of their last column."""
+    mask, past_length = inputs.mask, plan.past_length
+    output = run_model(
+        module,
+        params,
+        watch,
+        True,
+        inputs.tokens[:, past_length:] if inputs.embeds is None else None,
+        inputs_embeds=inputs.embeds,
+        attention_mask=mask if plan.is_padded else None,
+        position_ids=positions_from_mask(mask, past_length, mask.shape[1] - past_length),
+        past_key_values=inputs.past,
+    )
+    if inputs.past is None:
+        output = output._replace(cache=output.cache.with_capacity(plan.capacity))
+    return output
 
 
 def decode_step(
-    module: Any, params: Any, mask: Array | None, counts: Array, prompt_length: int
+    module: Any, params: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None
 ) -> Step:
-    """The step of the loop: one token [B, 1] through the model.
+    """The step of a loop: tokens [B, T] of all rows through the model, and of their guides."""
+    mask = jnp.repeat(inputs.mask, plan.strategy.rows, axis=0)
+    counts = mask.sum(axis=1, keepdims=True)  # [B, 1] real tokens in each prompt
+    room = jnp.ones((len(mask), plan.capacity - plan.prompt_length), mask.dtype)
+    full_mask = jnp.concatenate([mask, room], axis=1) if plan.is_padded else None  # [B, S]
 
-    Args:
-        mask: [B, S] for all columns of the cache, or None where no row is padded.
-        counts: [B] real tokens in each prompt.
-    """
-    run = nn.apply(last_logits, module)
-
-    def step(token: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        positions = (counts + cache.used - prompt_length)[:, None]  # [B, 1]
-        return run(
-            {"params": params},
-            token,
-            attention_mask=mask,
-            position_ids=positions,
+    def step(tokens: Array, cache: KVCache) -> StepOutput:
+        if plan.is_guided:
+            tokens = jnp.concatenate([tokens, tokens])
+        columns = cache.used + jnp.arange(tokens.shape[1])
+        return run_model(
+            module,
+            params,
+            watch,
+            False,
+            tokens,
+            attention_mask=full_mask,
+            position_ids=counts + columns - plan.prompt_length,
             past_key_values=cache,
         )
 
     return step
 
 
-def decode(
-    plan: DecodePlan, state: DecodeState, step: Step, noise: Noise | None
-) -> tuple[Array, Array]:
-    """Decodes greedily, or samples where there is noise.
+def first_state(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> DecodeState:
+    """The state after the prompts, each repeated for the rows that the strategy wants."""
+    batch, repeats = len(inputs.known), plan.strategy.rows
+    tokens = jnp.repeat(inputs.tokens[:batch], repeats, axis=0)  # [B, T]
+    known = jnp.repeat(inputs.known, repeats, axis=0)
+    room = jnp.ones((len(tokens), plan.max_new_tokens), known.dtype)
+    state = DecodeState(
+        tokens=jnp.concatenate([tokens, room * plan.pad_token_id], axis=1),
+        mask=jnp.concatenate([known, room], axis=1),
+        length=jnp.asarray(plan.prompt_length, jnp.int32),
+        prompt_length=plan.prompt_length,
+        offset=inputs.offset,
+        limit=inputs.limit,
+        finished=jnp.zeros(len(tokens), bool),
+        logits=output.logits[:, -1],
+        cache=None,
+    )
+    return state.after(repeated(output, repeats))
 
-    Sampling is argmax(scores + noise) with Gumbel noise. A row that has ended continues with pads;
-    the loop ends with the last row.
 
-    Returns:
-        The new tokens [B, new], and how many of these columns are filled, an int32 scalar.
-    """
-    eos = jnp.array(plan.eos_token_ids, jnp.int32)
+def repeated(output: StepOutput, repeats: int) -> StepOutput:
+    """The output with each row repeated."""
+    if repeats == 1:
+        return output
+    rows = jnp.repeat(jnp.arange(len(output.logits)), repeats)
+    hidden_states = None if output.hidden_states is None else output.hidden_states[rows]
+    cache = None if output.cache is None else output.cache.take(rows)
+    return StepOutput(output.logits[rows], hidden_states, cache)
 
-    def choose(state: DecodeState) -> DecodeState:
-        scores = process(plan.processors, state.logits, state)
-        if noise is not None:
-            scores = scores + noise(state.length - state.prompt_length)
-        token = jnp.where(state.finished, plan.pad_token_id, scores.argmax(-1))  # [B]
-        return replace(
-            state,
-            tokens=state.tokens.at[:, state.length].set(token.astype(state.tokens.dtype)),
-            length=state.length + 1,
-            finished=state.finished | jnp.isin(token, eos),
-        )
 
-    def goes_on(state: DecodeState) -> Array:
-        return (state.length < state.tokens.shape[1]) & ~state.finished.all()
+def repeat(
+    goes_on: Callable[[State], Array],
+    advance: Callable[[State], State],
+    state: State,
+    watch: Watch | None,
+) -> State:
+    """Advances as long as it goes on: as a whole where nobody watches, where that can be compiled."""
+    if watch is None:
+        return jax.lax.while_loop(goes_on, advance, state)
+    while goes_on(state):
+        state = advance(state)
+    return state
 
-    def advance(state: DecodeState) -> DecodeState:
-        token = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)  # [B, 1]
-        logits, cache = step(token, state.cache)
-        return choose(replace(state, logits=logits, cache=cache))
 
-    state = jax.lax.while_loop(goes_on, advance, choose(state))
-    return state.tokens[:, state.prompt_length :], state.length - state.prompt_length
+def watched(state: DecodeState, watch: Watch | None) -> DecodeState:
+    """Shows a state with a new column to the host, which may end rows."""
+    if watch is None:
+        return state
+    tokens = state.tokens[:, int(state.offset) : int(state.length)]
+    ends = watch.chose(tokens, state.scores, state.logits)
+    return replace(state, finished=state.finished | ends)

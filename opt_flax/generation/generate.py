@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,152 +15,199 @@ from jax import Array
 
 from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
-from opt_core.generation.plan import DecodePlan, GenerationMode, make_plan
+from opt_core.generation.hooks import Hooks
+from opt_core.generation.plan import DecodePlan, make_plan
 from opt_core.generation.prompts import (
+    GivenPrompts,
+    Prompts,
+    bucketed,
     check_noise,
-    check_prompt_shape,
-    check_prompts,
     check_seed,
-    infers_mask,
-    start_of_text,
+    read_prompts,
 )
-from opt_flax.generation.decode import Noise, decode, decode_step, prefill
-from opt_flax.generation.state import DecodeState
+from opt_core.generation.strategies import Search, Strategy
+from opt_core.generation.watching import Watch
+from opt_flax.cache import KVCache
+from opt_flax.generation.decode import Noise, decode_step, first_state, prefill
+from opt_flax.generation.search import search
+from opt_flax.generation.state import Decoded, Inputs
 from opt_flax.outputs import GenerateOutput
+
+LOOPS: Mapping[type[Strategy], Callable[..., Decoded]] = {Search: search}
 
 
 def generate(
     model: Any,
     input_ids: Any = None,
+    generation_config: GenerationConfig | None = None,
     *,
     attention_mask: Any = None,
-    generation_config: GenerationConfig | None = None,
+    inputs_embeds: Any = None,
+    past_key_values: Any = None,
+    negative_prompt_ids: Any = None,
+    negative_prompt_attention_mask: Any = None,
     seed: int | None = None,
     noise: Any = None,
     params: Mapping[str, Any] | None = None,
     prng_key: Array | None = None,
     **options: Any,
 ) -> GenerateOutput:
-    """Continues each prompt, greedily or by sampling.
+    """Continues each prompt.
 
     Padding may stand on either side: each row gets the tokens that it gets alone. The first call
-    with a plan and shapes compiles; those that follow reuse it.
+    with a plan compiles; those that follow reuse it, for lengths up to the next multiple of
+    `opt_core.generation.plan.BUCKET`.
 
     Args:
         model: a `FlaxOPTForCausalLM`.
         input_ids: [B, T]; None starts from the beginning-of-sequence token.
-        attention_mask: [B, T], 1 at real tokens; by default told by the pad token.
         generation_config: options instead of the model's own.
+        attention_mask: [B, T], 1 at real tokens; by default told by the pad token.
+        inputs_embeds: [B, T, E], instead of the ids, or of the ids given.
+        past_key_values: a cache of the first tokens of `input_ids`.
+        negative_prompt_ids: [B, any] what `guidance_scale` leads away from, with its mask
+            `negative_prompt_attention_mask`; by default the last token of each prompt.
         seed: of the sampling; None draws a fresh one from the operating system.
-        noise: the sampling's Gumbel noise itself, [steps, B x num_return_sequences, V].
+        noise: the sampling's Gumbel noise itself, [steps, rows, V].
         params: the parameters to use instead of `model.params`.
         prng_key: a key of the sampling instead of a seed.
-        options: fields of `GenerationConfig` that override it.
+        options: fields of `GenerationConfig` that override it, and objects of `Hooks`.
 
     Returns:
-        `sequences` [B x num_return_sequences, T + new tokens], int32: the prompts as given, then the
-        new tokens; rows that ended early are filled with the pad token. Inside another `jax.jit`,
-        where shapes cannot depend on values, always with as many columns as were asked for.
+        `sequences` [B x num_return_sequences, T + new tokens], int32: the prompts as given (none of
+        embeddings alone), then the new tokens; rows that ended early are filled with the pad token.
+        Inside another `jax.jit`, where shapes cannot depend on values, always with as many columns as
+        were asked for. With `return_dict_in_generate`, what else was asked for.
 
     Raises:
         InputError: options or prompts that do not fit each other or the model.
-        UnsupportedError: an option that this release does not have.
+        UnsupportedError: an option that OPT models cannot have.
     """
+    hooks = Hooks.taken_from(options)
     config = (generation_config or model.generation_config).replace(**options)
     params = model.params if params is None else params
-    input_ids = _prompts(input_ids, config)
-    plan = make_plan(config, model.config, input_ids.shape[1])
-    if attention_mask is None and infers_mask(config):
-        attention_mask = input_ids != config.pad_token_id
-    if attention_mask is None:
-        attention_mask = jnp.ones_like(input_ids)
-    attention_mask = jnp.asarray(attention_mask)
-    padded = True
-    if not any(isinstance(x, jax.core.Tracer) for x in (input_ids, attention_mask)):
-        check_prompts(np.asarray(input_ids), np.asarray(attention_mask), model.config)
-        padded = not np.asarray(attention_mask).all()
-    elif plan.mode is GenerationMode.SAMPLE and seed is prng_key is noise is None:
-        raise InputError("Inside jax.jit, sampling needs a prng_key, a seed or noise.")
-    attention_mask = attention_mask.astype(jnp.int32)
+    past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
+    given = GivenPrompts(
+        input_ids,
+        attention_mask,
+        embeds_shape=None if inputs_embeds is None else jnp.shape(inputs_embeds),
+        past_length=0 if past is None else int(past.used),
+        negative_ids=negative_prompt_ids,
+        negative_mask=negative_prompt_attention_mask,
+    )
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in (input_ids, attention_mask))
+    xp = jnp if is_traced else np
+    prompts = read_prompts(given, config, model.config, xp)
+    plan = make_plan(config, model.config, prompts.lengths, hooks)
+    rows = len(prompts.known) * plan.strategy.rows
+    key, noise = _randomness(plan, model, rows, seed, noise, prng_key, is_traced)
+    watch = Watch(config, hooks, np.asarray)
+    if prompts.given is not None:
+        watch.start(prompts.given)
+    wide, inputs = _inputs(plan, prompts, inputs_embeds, past, xp)
+    if watch.is_needed or plan.needs_host:
+        decoded = run(model.module, wide, params, inputs, key, noise, watch)
+    else:
+        decoded = compiled_run(model.module, wide, params, inputs, key, noise)
+    watch.end()
+    return _output(plan, prompts, decoded, config, watch)
 
-    input_ids = jnp.repeat(input_ids, plan.num_return_sequences, axis=0)
-    attention_mask = jnp.repeat(attention_mask, plan.num_return_sequences, axis=0)
-    tokens, mask = align_right(input_ids, attention_mask) if padded else (input_ids, None)
-    noise = _noise(plan, model, len(tokens), seed, noise, prng_key)
-    new_tokens, count = run(model.module, plan, params, tokens, mask, *noise)
-    if not isinstance(count, jax.core.Tracer):
-        new_tokens = new_tokens[:, : int(count)]
-    return GenerateOutput(sequences=jnp.concatenate([input_ids, new_tokens], axis=1))
 
-
-@partial(jax.jit, static_argnames=("module", "plan"))
 def run(
     module: Any,
     plan: DecodePlan,
     params: Any,
-    tokens: Array,
-    mask: Array | None,
+    inputs: Inputs,
     key: Array | None,
     noise: Array | None,
-) -> tuple[Array, Array]:
-    """Prefills and decodes: prompts [B, T], aligned to the right -> `decode`'s results.
+    watch: Watch | None = None,
+) -> Decoded:
+    """Prefills and decodes."""
+    output = prefill(module, params, plan, inputs, watch)
+    step = decode_step(module, params, plan, inputs, watch)
+    state = first_state(plan, inputs, output)
+    draw = _noise(key, noise, state.logits.shape)
+    return LOOPS[type(plan.strategy)](plan, state, step, draw, watch)
 
-    Compiled as a whole. Without padding `mask` is None: no mask is needed, and it is faster so.
-    """
-    batch, prompt_length = tokens.shape
-    logits, cache = prefill(module, params, tokens, mask, plan)
-    room = jnp.ones((batch, plan.max_new_tokens), tokens.dtype)
-    full_mask = jnp.concatenate([jnp.ones_like(tokens) if mask is None else mask, room], axis=1)
-    state = DecodeState(
-        tokens=jnp.concatenate([tokens, jnp.full_like(room, plan.pad_token_id)], axis=1),
-        mask=full_mask,
-        length=jnp.asarray(prompt_length, jnp.int32),
-        prompt_length=prompt_length,
-        finished=jnp.zeros(batch, bool),
-        logits=logits,
-        cache=cache,
+
+@partial(jax.jit, static_argnames=("module", "plan"))
+def compiled_run(
+    module: Any,
+    plan: DecodePlan,
+    params: Any,
+    inputs: Inputs,
+    key: Array | None,
+    noise: Array | None,
+) -> Decoded:
+    """`run`, compiled as a whole."""
+    return run(module, plan, params, inputs, key, noise)._replace(cache=None)
+
+
+def _inputs(
+    plan: DecodePlan, prompts: Prompts, embeds: Array | None, past: KVCache | None, xp: Any
+) -> tuple[DecodePlan, Inputs]:
+    """The inputs for lengths that few programs are compiled for, and the plan for them."""
+    wide, padded = bucketed(plan, prompts, xp)
+    pads = wide.prompt_length - plan.prompt_length
+    if embeds is not None:
+        embeds = jnp.take_along_axis(jnp.asarray(embeds), prompts.order[:, :, None], axis=1)
+        embeds = jnp.pad(embeds, ((0, 0), (pads, 0), (0, 0)))
+    if past is not None:
+        past = past.with_capacity(wide.capacity, pads)
+    limits = np.array([padded.offset, plan.max_new_tokens], np.int32)
+    return wide, Inputs(padded.tokens, padded.mask, padded.known, embeds, past, *limits)
+
+
+def _output(
+    plan: DecodePlan, prompts: Prompts, decoded: Decoded, config: GenerationConfig, watch: Watch
+) -> GenerateOutput:
+    """The sequences, and what else was asked for."""
+    count = plan.max_new_tokens
+    if not isinstance(decoded.count, jax.core.Tracer):
+        count = int(decoded.count)
+    sequences = decoded.tokens[:, :count]
+    if prompts.given is not None:
+        given = jnp.repeat(jnp.asarray(prompts.given), plan.num_return_sequences, axis=0)
+        sequences = jnp.concatenate([given, sequences], axis=1)
+    if not config.return_dict_in_generate:
+        return GenerateOutput(sequences=sequences)
+    return GenerateOutput(
+        sequences=sequences,
+        sequences_scores=decoded.sequences_scores,
+        beam_indices=decoded.beam_indices,
+        past_key_values=decoded.cache,
+        **watch.records,
     )
-    step_mask = None if mask is None else full_mask[:, : plan.capacity]
-    counts = full_mask[:, :prompt_length].sum(axis=1)
-    step = decode_step(module, params, step_mask, counts, prompt_length)
-    return decode(plan, state, step, _draw(key, noise, logits.shape))
 
 
-def align_right(tokens: Array, mask: Array) -> tuple[Array, Array]:
-    """Moves each row's real tokens to its right end, in order, and its pads to the left."""
-    order = jnp.argsort(mask, axis=1, stable=True)  # [B, T]
-    return jnp.take_along_axis(tokens, order, axis=1), jnp.take_along_axis(mask, order, axis=1)
-
-
-def _prompts(input_ids: Any, config: GenerationConfig) -> Array:
-    if input_ids is None:
-        input_ids = start_of_text(config)
-    tokens = jnp.asarray(input_ids)
-    check_prompt_shape(tokens.shape, str(tokens.dtype))
-    return tokens.astype(jnp.int32)
-
-
-def _noise(
-    plan: DecodePlan, model: Any, rows: int, seed: int | None, noise: Any, prng_key: Array | None
+def _randomness(
+    plan: DecodePlan,
+    model: Any,
+    rows: int,
+    seed: int | None,
+    noise: Any,
+    prng_key: Array | None,
+    is_traced: bool,
 ) -> tuple[Array | None, Array | None]:
     """The sampling's key, or its Gumbel noise [steps, rows, V]; two Nones where nothing is sampled."""
     check_seed(seed, noise)
-    if plan.mode is GenerationMode.GREEDY:
+    if not plan.strategy.do_sample:
         return None, None
-    shape = (rows, model.config.vocab_size)
     if noise is not None:
         noise = jnp.asarray(noise)
-        check_noise(noise.shape, (plan.max_new_tokens, *shape))
+        check_noise(noise.shape, (plan.max_new_tokens, rows, model.config.vocab_size))
         return None, noise
     if seed is not None and prng_key is not None:
         raise InputError("Give seed or prng_key, not both: each of them decides the sampling.")
+    if prng_key is None and seed is None and is_traced:
+        raise InputError("Inside jax.jit, sampling needs a prng_key, a seed or noise.")
     if prng_key is None:
         prng_key = jax.random.key(secrets.randbits(31) if seed is None else seed)
     return prng_key, None
 
 
-def _draw(key: Array | None, noise: Array | None, shape: tuple[int, ...]) -> Noise | None:
-    """The Gumbel noise [rows, V] of each step."""
+def _noise(key: Array | None, noise: Array | None, shape: tuple[int, ...]) -> Noise | None:
+    """The Gumbel noise [rows, V] of each step; None where nothing is sampled."""
     if noise is not None:
         return noise.__getitem__
     if key is None:

@@ -1,14 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoding loop knows between two steps."""
+"""What a decoding loop knows between two steps, and what it ends with."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import jax
 from jax import Array
 
 from opt_flax.cache import KVCache
+
+
+class Inputs(NamedTuple):
+    """What a loop starts from: the prompts, to the right of their padding."""
+
+    tokens: Array  # [B or 2B, T]; the second half, if there is one, guides without the prompt
+    mask: Array  # [B or 2B, T] 1 at real tokens, 0 at pads
+    known: Array  # [B, T] the mask of columns whose tokens are known, not embeddings alone
+    embeds: Array | None  # [B, T, E] instead of the tokens
+    past: KVCache | None  # with room for all columns
+    offset: Array  # columns before the first that counts
+    limit: Array  # new tokens allowed
+
+
+class StepOutput(NamedTuple):
+    """What one call of the model gives a loop."""
+
+    logits: Array  # [B, T, V]
+    hidden_states: Array | None  # [B, T, E], from which the logits were made
+    cache: KVCache | None
 
 
 @jax.tree_util.register_dataclass
@@ -23,6 +44,44 @@ class DecodeState:
     mask: Array  # [B, S] 1 at tokens of prompts and wherever new ones go, 0 at pads
     length: Array  # columns filled, an int32 scalar
     prompt_length: int = field(metadata={"static": True})
+    offset: Array  # columns before the first that counts
+    limit: Array  # new tokens allowed
     finished: Array  # [B] whether the row has ended
     logits: Array  # [B, V] for the next column
     cache: KVCache | None
+    unconditional: Array | None = None  # [B, V] logits without the prompt, for guidance
+    scores: Array | None = None  # [B, V] from which the last column was chosen
+    chosen: Array | None = None  # [B, any] tokens that earlier beam groups chose for this column
+
+    @property
+    def step(self) -> Array:
+        """The number of new tokens."""
+        return self.length - self.prompt_length
+
+    def after(self, output: StepOutput) -> DecodeState:
+        """The state after a call of the model, which may have had rows without prompts besides."""
+        rows, logits = len(self.tokens), output.logits[:, -1]  # [B or 2B, V]
+        unconditional = logits[rows:] if len(logits) > rows else None
+        return replace(self, logits=logits[:rows], unconditional=unconditional, cache=output.cache)
+
+    def take(self, rows: Array) -> DecodeState:
+        """The state of some rows, without a cache."""
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            mask=self.mask[rows],
+            finished=self.finished[rows],
+            logits=self.logits[rows],
+            unconditional=None if self.unconditional is None else self.unconditional[rows],
+            cache=None,
+        )
+
+
+class Decoded(NamedTuple):
+    """What a loop ends with."""
+
+    tokens: Array  # [B, any] new tokens, each row filled up with pads
+    count: Array  # columns of it that are filled
+    cache: KVCache | None
+    sequences_scores: Array | None = None  # [B], of beams
+    beam_indices: Array | None = None  # [B, any] the row of each step, -1 after the end; of beams

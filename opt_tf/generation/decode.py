@@ -1,95 +1,184 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two phases of decoding, and the loop over the second.
+"""The two phases of decoding, and how a loop repeats the second.
 
-The loop receives `step(token, cache) -> (logits, cache)`, so it can be run without a model.
+Loops receive `step(tokens [B, T], cache) -> StepOutput`, so they can be run without a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
-import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core.generation.plan import DecodePlan
+from opt_core.generation.watching import Watch
 from opt_tf.cache import KVCache
-from opt_tf.generation.processors import is_any_of, process
-from opt_tf.generation.state import DecodeState
+from opt_tf.generation.state import DecodeState, Inputs, StepOutput
+from opt_tf.masks import positions_from_mask
 
-Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
+Step = Callable[[Tensor, Any], StepOutput]
 Noise = Callable[[Tensor], Tensor]
+State = TypeVar("State")
 
 
-def prefill(
-    model: Any, tokens: Tensor, mask: Tensor | None, plan: DecodePlan
-) -> tuple[Tensor, KVCache]:
-    """Runs the prompts [B, T] into a fresh cache; returns the last logits [B, V] and the cache."""
-    cache = model.init_cache(tokens.shape[0], plan.capacity)
-    hidden_states, cache = model.model(
-        tokens, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=False
-    )[:2]
-    return model.compute_logits(hidden_states[:, -1]), cache
+def run_model(
+    model: Any, watch: Watch | None, last: bool, tokens: Tensor | None, **arguments: Any
+) -> StepOutput:
+    """One call of the model; with `last`, logits of the last column alone."""
+    sees = watch is not None and watch.sees_layers
+    run = partial(forward, model, sees, last)
+    if tf.executing_eagerly():
+        run = compiled(model, forward, sees, last)
+    output, logits = run(tokens, arguments)
+    if watch is not None and sees:
+        watch.ran(output.attentions, output.hidden_states)
+    return StepOutput(logits, output.last_hidden_state, output.past_key_values)
 
 
-def decode_step(model: Any, mask: Tensor | None, counts: Tensor, prompt_length: int) -> Step:
-    """The step of the loop: one token [B, 1] through the model.
+def forward(
+    model: Any, sees: bool, last: bool, tokens: Tensor | None, arguments: Any
+) -> tuple[Any, Tensor]:
+    """The base model's output and logits [B, 1 or T, V]."""
+    output = model.model(
+        tokens,
+        use_cache=True,
+        output_attentions=sees,
+        output_hidden_states=sees,
+        return_dict=True,
+        **arguments,
+    )
+    hidden_states = output.last_hidden_state  # [B, T, E]
+    return output, model.compute_logits(hidden_states[:, -1:] if last else hidden_states)
 
-    Args:
-        mask: [B, S] for all columns of the cache, or None where no row is padded.
-        counts: [B] real tokens in each prompt.
-    """
 
-    def step(token: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-        positions = (counts + cache.used - prompt_length)[:, None]  # [B, 1]
-        hidden_states, cache = model.model(
-            token,
-            attention_mask=mask,
-            position_ids=positions,
+def compiled(model: Any, function: Callable[..., Any], *key: Any) -> Callable[..., Any]:
+    """A function whose first arguments are the model and the key, compiled once for each of them."""
+    place = (function, *key, len(model.variables))  # LoRA and quantization add variables
+    if place not in model.compiled:
+        model.compiled[place] = tf.function(
+            partial(function, model, *key), jit_compile=True, autograph=False
+        )
+    return model.compiled[place]
+
+
+def prefill(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -> StepOutput:
+    """Runs the prompts [B, T] into a cache of fixed size; returns the logits of their last column."""
+    mask, past_length = inputs.mask, plan.past_length
+    cache = inputs.past
+    if cache is None:
+        cache = model.init_cache(mask.shape[0], plan.capacity)
+    return run_model(
+        model,
+        watch,
+        True,
+        inputs.tokens[:, past_length:] if inputs.embeds is None else None,
+        inputs_embeds=inputs.embeds,
+        attention_mask=mask if plan.is_padded else None,
+        position_ids=positions_from_mask(mask, past_length, mask.shape[1] - past_length),
+        past_key_values=cache,
+    )
+
+
+def decode_step(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -> Step:
+    """The step of a loop: tokens [B, T] of all rows through the model, and of their guides."""
+    mask = tf.repeat(inputs.mask, plan.strategy.rows, axis=0)
+    counts = tf.reduce_sum(mask, axis=1, keepdims=True)  # [B, 1] real tokens in each prompt
+    room = tf.ones((mask.shape[0], plan.capacity - plan.prompt_length), mask.dtype)
+    full_mask = tf.concat([mask, room], axis=1) if plan.is_padded else None  # [B, S]
+
+    def step(tokens: Tensor, cache: KVCache) -> StepOutput:
+        if plan.is_guided:
+            tokens = tf.concat([tokens, tokens], axis=0)
+        columns = cache.used + tf.range(tokens.shape[1])
+        return run_model(
+            model,
+            watch,
+            False,
+            tokens,
+            attention_mask=full_mask,
+            position_ids=counts + columns - plan.prompt_length,
             past_key_values=cache,
-            use_cache=True,
-            return_dict=False,
-        )[:2]
-        return model.compute_logits(hidden_states[:, -1]), cache
+        )
 
     return step
 
 
-def decode(
-    plan: DecodePlan, state: DecodeState, step: Step, noise: Noise | None
-) -> tuple[Tensor, Tensor]:
-    """Decodes greedily, or samples where there is noise.
+def first_state(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> DecodeState:
+    """The state after the prompts, each repeated for the rows that the strategy wants."""
+    batch, repeats = inputs.known.shape[0], plan.strategy.rows
+    tokens = tf.repeat(inputs.tokens[:batch], repeats, axis=0)  # [B, T]
+    known = tf.repeat(inputs.known, repeats, axis=0)
+    room = tf.ones((tokens.shape[0], plan.max_new_tokens), known.dtype)
+    state = DecodeState(
+        tokens=tf.concat([tokens, room * plan.pad_token_id], axis=1),
+        mask=tf.concat([known, room], axis=1),
+        length=tf.constant(plan.prompt_length),
+        prompt_length=tf.constant(plan.prompt_length),
+        offset=inputs.offset,
+        limit=inputs.limit,
+        finished=tf.zeros(tokens.shape[0], tf.bool),
+        logits=output.logits[:, -1],
+        cache=None,
+    )
+    cache = replace(output.cache, length=tf.constant(plan.prompt_length))
+    return state.after(repeated(output._replace(cache=cache), repeats))
 
-    Sampling is argmax(scores + noise) with Gumbel noise. A row that has ended continues with pads;
-    the loop ends with the last row.
 
-    Returns:
-        The new tokens [B, new], and how many of these columns are filled: a compiled loop can only
-        return them all.
-    """
+def repeated(output: StepOutput, repeats: int) -> StepOutput:
+    """The output with each row repeated."""
+    if repeats == 1:
+        return output
+    rows = tf.repeat(tf.range(output.logits.shape[0]), repeats)
+    hidden_states = output.hidden_states
+    if hidden_states is not None:
+        hidden_states = tf.gather(hidden_states, rows)
+    cache = None if output.cache is None else output.cache.take(rows)
+    return StepOutput(tf.gather(output.logits, rows), hidden_states, cache)
 
-    def choose(state: DecodeState) -> DecodeState:
-        scores = process(plan.processors, state.logits, state)
-        if noise is not None:
-            scores = scores + noise(state.length - state.prompt_length)
-        token = tf.argmax(scores, axis=-1, output_type=state.tokens.dtype)
-        token = tf.where(state.finished, tf.cast(plan.pad_token_id, token.dtype), token)  # [B]
-        return state._replace(
-            tokens=keras.ops.slice_update(state.tokens, (0, state.length), token[:, None]),
-            length=state.length + 1,
-            finished=state.finished | is_any_of(token, plan.eos_token_ids),
-        )
 
-    def goes_on(state: DecodeState) -> Tensor:
-        new_tokens = state.length - state.prompt_length
-        return (new_tokens < plan.max_new_tokens) & ~tf.reduce_all(state.finished)
+def repeat(
+    goes_on: Callable[[State], Tensor],
+    advance: Callable[[State], State],
+    state: State,
+    watch: Watch | None,
+) -> State:
+    """Advances as long as it goes on: as a whole where nobody watches, where that can be compiled."""
+    if watch is None:
+        return _compiled_while(goes_on, advance, state)
+    while goes_on(state):
+        state = advance(state)
+    return state
 
-    def advance(state: DecodeState) -> tuple[DecodeState]:
-        batch = tf.shape(state.tokens)[0]
-        token = tf.slice(state.tokens, (0, state.length - 1), (batch, 1))  # [B, 1]
-        logits, cache = step(token, state.cache)
-        return (choose(state._replace(logits=logits, cache=cache)),)
 
-    (state,) = tf.while_loop(goes_on, advance, (choose(state),))
-    return state.tokens[:, plan.prompt_length :], state.length - state.prompt_length
+def _compiled_while(
+    goes_on: Callable[[State], Tensor], advance: Callable[[State], State], state: State
+) -> State:
+    """`tf.while_loop` for a state whose fields may be None, and then stay so."""
+    exists = [leaf is not None for leaf in tf.nest.flatten(state)]
+
+    def leaves(state: State) -> list[Tensor]:
+        return [leaf for leaf in tf.nest.flatten(state) if leaf is not None]
+
+    def packed(values: tuple[Tensor, ...]) -> State:
+        rest = iter(values)
+        return tf.nest.pack_sequence_as(state, [next(rest) if some else None for some in exists])
+
+    values = tf.while_loop(
+        lambda *values: goes_on(packed(values)),
+        lambda *values: leaves(advance(packed(values))),
+        leaves(state),
+    )
+    return packed(values)
+
+
+def watched(state: DecodeState, watch: Watch | None) -> DecodeState:
+    """Shows a state with a new column to the host, which may end rows."""
+    if watch is None:
+        return state
+    tokens = state.tokens[:, int(state.offset) : int(state.length)]
+    ends = watch.chose(tokens, state.scores, state.logits)
+    return state._replace(finished=state.finished | ends)

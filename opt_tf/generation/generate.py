@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,154 +11,168 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core.config import OPTConfig
 from opt_core.errors import UnsupportedError
 from opt_core.generation.config import GenerationConfig
-from opt_core.generation.plan import DecodePlan, GenerationMode, make_plan
-from opt_core.generation.processors import MinLength
+from opt_core.generation.hooks import Hooks
+from opt_core.generation.plan import DecodePlan, make_plan
 from opt_core.generation.prompts import (
+    GivenPrompts,
+    Prompts,
+    bucketed,
     check_noise,
-    check_prompt_shape,
-    check_prompts,
     check_seed,
-    infers_mask,
-    start_of_text,
+    read_prompts,
 )
-from opt_tf.generation.decode import Noise, decode, decode_step, prefill
-from opt_tf.generation.state import DecodeState
+from opt_core.generation.strategies import Search, Strategy
+from opt_core.generation.watching import Watch
+from opt_core.outputs import GenerateOutput
+from opt_tf.cache import KVCache
+from opt_tf.generation.decode import Noise, compiled, decode_step, first_state, prefill
+from opt_tf.generation.search import search
+from opt_tf.generation.state import Decoded, Inputs
 
-#: Prompts are compiled for lengths that are multiples of this.
-BUCKET = 32
+LOOPS: Mapping[type[Strategy], Callable[..., Decoded]] = {Search: search}
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 def generate(
     model: Any,
     input_ids: Tensor | Sequence[Sequence[int]] | None = None,
+    generation_config: GenerationConfig | None = None,
     *,
     attention_mask: Tensor | None = None,
-    generation_config: GenerationConfig | None = None,
+    inputs_embeds: Tensor | None = None,
+    past_key_values: Any = None,
+    negative_prompt_ids: Tensor | None = None,
+    negative_prompt_attention_mask: Tensor | None = None,
     seed: int | None = None,
     noise: Tensor | None = None,
     **options: Any,
-) -> Tensor:
-    """Continues each prompt, greedily or by sampling.
+) -> Tensor | GenerateOutput:
+    """Continues each prompt.
 
     Padding may stand on either side: each row gets the tokens that it gets alone. The first call
-    compiles; later ones with the same options, batch size and prompt length (up to the next multiple
-    of `BUCKET`) run at once.
+    with a plan compiles; those that follow reuse it, for lengths up to the next multiple of
+    `opt_core.generation.plan.BUCKET`.
 
     Args:
         model: a `TFOPTForCausalLM`.
         input_ids: [B, T]; None starts from the beginning-of-sequence token.
-        attention_mask: [B, T], 1 at real tokens; by default told by the pad token.
         generation_config: options instead of the model's own.
+        attention_mask: [B, T], 1 at real tokens; by default told by the pad token.
+        inputs_embeds: [B, T, E], instead of the ids, or of the ids given.
+        past_key_values: a cache of the first tokens of `input_ids`.
+        negative_prompt_ids: [B, any] what `guidance_scale` leads away from, with its mask
+            `negative_prompt_attention_mask`; by default the last token of each prompt.
         seed: of the sampling; None draws a fresh one from TensorFlow's global generator.
-        noise: the sampling's Gumbel noise itself, [steps, B x num_return_sequences, V].
-        options: fields of `GenerationConfig` that override it.
+        noise: the sampling's Gumbel noise itself, [steps, rows, V].
+        options: fields of `GenerationConfig` that override it, and objects of `Hooks`.
 
     Returns:
-        [B x num_return_sequences, T + new tokens], int32: the prompts as given, then the new tokens;
-        rows that ended early are filled with the pad token.
+        [B x num_return_sequences, T + new tokens], int32: the prompts as given (none of embeddings
+        alone), then the new tokens; rows that ended early are filled with the pad token. With
+        `return_dict_in_generate`, a `GenerateOutput` of them and of what was asked for.
 
     Raises:
         InputError: options or prompts that do not fit each other or the model.
-        UnsupportedError: an option that this release does not have.
+        UnsupportedError: an option that OPT models cannot have.
     """
     if not tf.executing_eagerly():
         raise UnsupportedError(
             "generate compiles itself and cannot be compiled into something else: call it directly, "
             "not inside a tf.function."
         )
+    hooks = Hooks.taken_from(options)
     config = (generation_config or model.generation_config).replace(**options)
-    input_ids = _prompts(input_ids, config)
-    plan = make_plan(config, model.config, input_ids.shape[1])
-    if attention_mask is None and infers_mask(config):
-        attention_mask = input_ids != config.pad_token_id
-    if attention_mask is None:
-        attention_mask = tf.ones_like(input_ids)
-    check_prompts(input_ids.numpy(), np.asarray(attention_mask), model.config)
-    attention_mask = tf.cast(attention_mask, tf.int32)
-
-    input_ids = tf.repeat(input_ids, plan.num_return_sequences, axis=0)
-    attention_mask = tf.repeat(attention_mask, plan.num_return_sequences, axis=0)
-    tokens, mask = align_right(input_ids, attention_mask)
-    seed, noise = _randomness(plan, model, tokens.shape[0], seed, noise)
-    plan, tokens, mask = bucketed(plan, model.config, tokens, mask)
-    padded = not bool(tf.reduce_all(mask == 1))
-    # Without padding no mask is needed, and the kernel is faster.
-    new_tokens, count = compiled(model, plan)(tokens, mask if padded else None, seed, noise)
-    return tf.concat([input_ids, new_tokens[:, : int(count)]], axis=1)
-
-
-def bucketed(
-    plan: DecodePlan, config: OPTConfig, tokens: Tensor, mask: Tensor
-) -> tuple[DecodePlan, Tensor, Tensor]:
-    """Plan and prompts with pads before them: so few lengths, and few compilations."""
-    room = config.max_position_embeddings - plan.max_new_tokens + 1
-    length = min(math.ceil(plan.prompt_length / BUCKET) * BUCKET, room)
-    pads = length - plan.prompt_length
-    processors = tuple(
-        # It counts columns.
-        replace(p, length=p.length + pads) if isinstance(p, MinLength) else p
-        for p in plan.processors
+    past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
+    given = GivenPrompts(
+        *(_array(x) for x in (input_ids, attention_mask)),
+        embeds_shape=None if inputs_embeds is None else tuple(inputs_embeds.shape),
+        past_length=0 if past is None else int(past.used),
+        negative_ids=_array(negative_prompt_ids),
+        negative_mask=_array(negative_prompt_attention_mask),
     )
-    plan = replace(plan, prompt_length=length, processors=processors)
-    before = [[0, 0], [pads, 0]]
-    return plan, tf.pad(tokens, before), tf.pad(mask, before)
-
-
-def compiled(model: Any, plan: DecodePlan) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`run` for this model and plan, compiled once per shape of its arguments."""
-    plan = replace(plan, num_return_sequences=1)  # by now these are rows
-    key = (plan, len(model.variables))  # LoRA and quantization add variables
-    if key not in model.compiled_plans:
-        model.compiled_plans[key] = tf.function(
-            partial(run, model, plan), jit_compile=True, autograph=False
-        )
-    return model.compiled_plans[key]
+    prompts = read_prompts(given, config, model.config)
+    plan = make_plan(config, model.config, prompts.lengths, hooks)
+    rows = len(prompts.known) * plan.strategy.rows
+    randomness = _randomness(plan, model, rows, seed, noise)
+    watch = Watch(config, hooks, np.asarray)
+    if prompts.given is not None:
+        watch.start(prompts.given)
+    wide, inputs = _inputs(plan, prompts, inputs_embeds, past)
+    if watch.is_needed or plan.needs_host:
+        decoded = run(model, wide, inputs, *randomness, watch)
+    else:
+        decoded = compiled(model, compiled_run, wide)(inputs, *randomness)
+    watch.end()
+    return _output(plan, prompts, decoded, config, watch)
 
 
 def run(
     model: Any,
     plan: DecodePlan,
-    tokens: Tensor,
-    mask: Tensor | None,
+    inputs: Inputs,
     seed: Tensor | None,
     noise: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Prefills and decodes: prompts [B, T], aligned to the right -> `decode`'s results."""
-    batch, prompt_length = tokens.shape
-    logits, cache = prefill(model, tokens, mask, plan)
-    room = tf.ones((batch, plan.max_new_tokens), tokens.dtype)
-    full_mask = tf.concat([tf.ones_like(tokens) if mask is None else mask, room], axis=1)  # [B, S]
-    state = DecodeState(
-        tokens=tf.concat([tokens, plan.pad_token_id * room], axis=1),
-        mask=full_mask,
-        length=tf.constant(prompt_length),
-        prompt_length=tf.constant(prompt_length),
-        finished=tf.zeros(batch, tf.bool),
-        logits=logits,
-        cache=replace(cache, length=tf.constant(cache.length)),
+    watch: Watch | None = None,
+) -> Decoded:
+    """Prefills and decodes."""
+    output = prefill(model, plan, inputs, watch)
+    step = decode_step(model, plan, inputs, watch)
+    state = first_state(plan, inputs, output)
+    draw = _noise(seed, noise, state.logits.shape)
+    return LOOPS[type(plan.strategy)](plan, state, step, draw, watch)
+
+
+def compiled_run(
+    model: Any,
+    plan: DecodePlan,
+    inputs: Inputs,
+    seed: Tensor | None,
+    noise: Tensor | None,
+) -> Decoded:
+    """`run`, compiled as a whole."""
+    return run(model, plan, inputs, seed, noise)._replace(cache=None)
+
+
+def _inputs(
+    plan: DecodePlan, prompts: Prompts, embeds: Tensor | None, past: KVCache | None
+) -> tuple[DecodePlan, Inputs]:
+    """The inputs for lengths that few programs are compiled for, and the plan for them."""
+    wide, padded = bucketed(plan, prompts)
+    pads = wide.prompt_length - plan.prompt_length
+    if embeds is not None:
+        embeds = tf.gather(embeds, prompts.order, batch_dims=1)
+        embeds = tf.pad(embeds, ((0, 0), (pads, 0), (0, 0)))
+    if past is not None:
+        past = past.with_capacity(wide.capacity, pads)
+    arrays = (tf.constant(x, tf.int32) for x in (padded.tokens, padded.mask, padded.known))
+    limits = (tf.constant(x, tf.int32) for x in (padded.offset, plan.max_new_tokens))
+    return wide, Inputs(*arrays, embeds, past, *limits)
+
+
+def _output(
+    plan: DecodePlan, prompts: Prompts, decoded: Decoded, config: GenerationConfig, watch: Watch
+) -> Tensor | GenerateOutput:
+    """The sequences, and what else was asked for."""
+    sequences = decoded.tokens[:, : int(decoded.count)]
+    if prompts.given is not None:
+        given = tf.repeat(tf.constant(prompts.given), plan.num_return_sequences, axis=0)
+        sequences = tf.concat([given, sequences], axis=1)
+    if not config.return_dict_in_generate:
+        return sequences
+    return GenerateOutput(
+        sequences=sequences,
+        sequences_scores=decoded.sequences_scores,
+        beam_indices=decoded.beam_indices,
+        past_key_values=decoded.cache,
+        **watch.records,
     )
-    step_mask = None if mask is None else full_mask[:, : plan.capacity]
-    counts = tf.reduce_sum(full_mask[:, :prompt_length], axis=1)
-    step = decode_step(model, step_mask, counts, prompt_length)
-    return decode(plan, state, step, _noise(model, batch, seed, noise))
 
 
-def align_right(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves each row's real tokens to its right end, in order, and its pads to the left."""
-    order = tf.argsort(mask, axis=1, stable=True)  # [B, T]
-    return tf.gather(tokens, order, batch_dims=1), tf.gather(mask, order, batch_dims=1)
-
-
-def _prompts(input_ids: Any, config: GenerationConfig) -> Tensor:
-    if input_ids is None:
-        input_ids = start_of_text(config)
-    tokens = np.asarray(input_ids)
-    check_prompt_shape(tokens.shape, str(tokens.dtype))
-    return tf.constant(tokens, tf.int32)
+def _array(value: Any) -> np.ndarray | None:
+    """Token ids or a mask as numpy has them."""
+    return None if value is None else np.asarray(value)
 
 
 def _randomness(
@@ -168,7 +180,7 @@ def _randomness(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The seed [2] or the noise [steps, rows, V] of sampling; two Nones where nothing is sampled."""
     check_seed(seed, noise)
-    if plan.mode is GenerationMode.GREEDY:
+    if not plan.strategy.do_sample:
         return None, None
     if noise is not None:
         noise = tf.cast(noise, tf.float32)
@@ -179,7 +191,7 @@ def _randomness(
     return tf.constant([seed >> 31, seed & (2**31 - 1)], tf.int64), None
 
 
-def _noise(model: Any, rows: int, seed: Tensor | None, noise: Tensor | None) -> Noise | None:
+def _noise(seed: Tensor | None, noise: Tensor | None, shape: tuple[int, ...]) -> Noise | None:
     """The Gumbel noise [rows, V] of each step; None where nothing is sampled."""
     if noise is not None:
         return partial(tf.gather, noise)
@@ -187,7 +199,6 @@ def _noise(model: Any, rows: int, seed: Tensor | None, noise: Tensor | None) -> 
         return None
 
     def draw(index: Tensor) -> Tensor:
-        shape = (rows, model.config.vocab_size)
         seed_of_step = tf.random.experimental.stateless_fold_in(seed, index)
         uniform = tf.random.stateless_uniform(shape, seed_of_step, minval=_SMALLEST)
         return -tf.math.log(-tf.math.log(uniform))

@@ -1,78 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two phases of decoding, and the loop over the second.
+"""The two phases of decoding, and how a loop repeats the second.
 
-The loop receives `step(token, cache) -> (logits, cache)`, so it can be run without a model.
+Loops receive `step(tokens [B, T], cache) -> StepOutput`, so they can be run without a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from opt_core.generation.plan import DecodePlan
+from opt_core.generation.watching import Watch
 from opt_torch.cache import KVCache
-from opt_torch.generation.processors import process
-from opt_torch.generation.state import DecodeState
+from opt_torch.generation.state import DecodeState, Inputs, StepOutput
+from opt_torch.masks import positions_from_mask
 
-Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
+Step = Callable[[Tensor, Any], StepOutput]
 Noise = Callable[[int], Tensor]
+State = TypeVar("State")
 
 
-def prefill(
-    model: Any, tokens: Tensor, mask: Tensor | None, plan: DecodePlan
-) -> tuple[Tensor, KVCache]:
-    """Runs the prompts [B, T] into a fresh cache; returns the last logits [B, V] and the cache."""
-    cache = model.init_cache(tokens.shape[0], plan.capacity)
-    hidden_states, cache = model.model(
-        tokens, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=False
-    )[:2]
-    return model.lm_head(hidden_states[:, -1]), cache
+def run_model(
+    model: Any, watch: Watch | None, last: bool, tokens: Tensor | None, **arguments: Any
+) -> StepOutput:
+    """One call of the model; with `last`, logits of the last column alone."""
+    sees = watch is not None and watch.sees_layers
+    output = model.model(
+        tokens,
+        use_cache=True,
+        output_attentions=sees,
+        output_hidden_states=sees,
+        return_dict=True,
+        **arguments,
+    )
+    if watch is not None and sees:
+        watch.ran(output.attentions, output.hidden_states)
+    hidden_states = output.last_hidden_state  # [B, T, E]
+    logits = model.lm_head(hidden_states[:, -1:] if last else hidden_states)  # [B, 1 or T, V]
+    return StepOutput(logits, hidden_states, output.past_key_values)
 
 
-def decode_step(model: Any, mask: Tensor | None, counts: Tensor, prompt_length: int) -> Step:
-    """The step of the loop: one token [B, 1] through the model.
+def prefill(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -> StepOutput:
+    """Runs the prompts [B, T] into a cache of fixed size; returns the logits of their last column."""
+    mask, past_length = inputs.mask, plan.past_length
+    cache = model.init_cache(len(mask), plan.capacity) if inputs.past is None else inputs.past
+    return run_model(
+        model,
+        watch,
+        True,
+        inputs.tokens[:, past_length:] if inputs.embeds is None else None,
+        inputs_embeds=inputs.embeds,
+        attention_mask=mask if plan.is_padded else None,
+        position_ids=positions_from_mask(mask, past_length),
+        past_key_values=cache,
+    )
 
-    Args:
-        mask: [B, S] for all columns of the cache, or None where no row is padded.
-        counts: [B] real tokens in each prompt.
-    """
 
-    def step(token: Tensor, cache: KVCache) -> tuple[Tensor, KVCache]:
-        positions = (counts + cache.used - prompt_length)[:, None]  # [B, 1]
-        hidden_states, cache = model.model(
-            token,
-            attention_mask=mask,
-            position_ids=positions,
+def decode_step(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -> Step:
+    """The step of a loop: tokens [B, T] of all rows through the model, and of their guides."""
+    mask = inputs.mask.repeat_interleave(plan.strategy.rows, dim=0)
+    counts = mask.sum(dim=1, keepdim=True)  # [B, 1] real tokens in each prompt
+    room = mask.new_ones((len(mask), plan.capacity - plan.prompt_length))
+    full_mask = torch.cat([mask, room], dim=1) if plan.is_padded else None  # [B, S]
+
+    def step(tokens: Tensor, cache: KVCache) -> StepOutput:
+        if plan.is_guided:
+            tokens = torch.cat([tokens, tokens])
+        columns = cache.used + torch.arange(tokens.shape[1], device=tokens.device)
+        return run_model(
+            model,
+            watch,
+            False,
+            tokens,
+            attention_mask=full_mask,
+            position_ids=counts + columns - plan.prompt_length,
             past_key_values=cache,
-            use_cache=True,
-            return_dict=False,
-        )[:2]
-        return model.lm_head(hidden_states[:, -1]), cache
+        )
 
     return step
 
 
-def decode(plan: DecodePlan, state: DecodeState, step: Step, noise: Noise | None) -> Tensor:
-    """Decodes greedily, or samples where there is noise; returns the new tokens [B, at most new].
+def first_state(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> DecodeState:
+    """The state after the prompts, each repeated for the rows that the strategy wants."""
+    batch, repeats = len(inputs.known), plan.strategy.rows
+    tokens = inputs.tokens[:batch].repeat_interleave(repeats, dim=0)  # [B, T]
+    known = inputs.known.repeat_interleave(repeats, dim=0)
+    room = known.new_ones((len(tokens), plan.max_new_tokens))
+    state = DecodeState(
+        tokens=torch.cat([tokens, room * plan.pad_token_id], dim=1),
+        mask=torch.cat([known, room], dim=1),
+        length=plan.prompt_length,
+        prompt_length=plan.prompt_length,
+        offset=inputs.offset,
+        limit=inputs.limit,
+        finished=torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device),
+        logits=output.logits[:, -1],
+        cache=None,
+    )
+    return state.after(repeated(output, repeats))
 
-    Sampling is argmax(scores + noise) with Gumbel noise. A row that has ended continues with pads;
-    the loop ends with the last row.
-    """
-    eos = torch.tensor(plan.eos_token_ids, dtype=torch.long, device=state.tokens.device)
-    for index in range(plan.max_new_tokens):
-        scores = process(plan.processors, state.logits, state)
-        if noise is not None:
-            scores = scores + noise(index)
-        token = torch.where(state.finished, plan.pad_token_id, scores.argmax(-1))  # [B]
-        state.tokens[:, state.length] = token
-        finished = state.finished | torch.isin(token, eos)
-        state = replace(state, length=state.length + 1, finished=finished)
-        if index + 1 == plan.max_new_tokens or bool(finished.all()):
-            break
-        logits, cache = step(token[:, None], state.cache)
-        state = replace(state, logits=logits, cache=cache)
-    return state.tokens[:, state.prompt_length : state.length]
+
+def repeated(output: StepOutput, repeats: int) -> StepOutput:
+    """The output with each row repeated."""
+    if repeats == 1:
+        return output
+    rows = torch.arange(len(output.logits), device=output.logits.device)
+    rows = rows.repeat_interleave(repeats)
+    hidden_states = None if output.hidden_states is None else output.hidden_states[rows]
+    cache = None if output.cache is None else output.cache.take(rows)
+    return StepOutput(output.logits[rows], hidden_states, cache)
+
+
+def repeat(
+    goes_on: Callable[[State], bool],
+    advance: Callable[[State], State],
+    state: State,
+    watch: Watch | None,
+) -> State:
+    """Advances as long as it goes on: as a whole where nobody watches, where that can be compiled."""
+    while goes_on(state):
+        state = advance(state)
+    return state
+
+
+def watched(state: DecodeState, watch: Watch | None) -> DecodeState:
+    """Shows a state with a new column to the host, which may end rows."""
+    if watch is None:
+        return state
+    tokens = state.tokens[:, state.offset : state.length]
+    ends = torch.from_numpy(watch.chose(tokens, state.scores, state.logits))
+    return replace(state, finished=state.finished | ends.to(state.finished.device))

@@ -3,109 +3,147 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from opt_core.generation.config import GenerationConfig
-from opt_core.generation.plan import DecodePlan, GenerationMode, make_plan
+from opt_core.generation.hooks import Hooks
+from opt_core.generation.plan import DecodePlan, make_plan
 from opt_core.generation.prompts import (
+    GivenPrompts,
+    Prompts,
     check_noise,
-    check_prompt_shape,
-    check_prompts,
     check_seed,
-    infers_mask,
-    start_of_text,
+    read_prompts,
 )
-from opt_torch.generation.decode import Noise, decode, decode_step, prefill
-from opt_torch.generation.state import DecodeState
+from opt_core.generation.strategies import Search, Strategy
+from opt_core.generation.watching import Watch
+from opt_core.outputs import GenerateOutput
+from opt_torch.cache import KVCache
+from opt_torch.generation.decode import Noise, decode_step, first_state, prefill
+from opt_torch.generation.search import search
+from opt_torch.generation.state import Decoded, Inputs
+
+LOOPS: Mapping[type[Strategy], Callable[..., Decoded]] = {Search: search}
 
 
 @torch.no_grad()
 def generate(
     model: Any,
     input_ids: Tensor | Sequence[Sequence[int]] | None = None,
+    generation_config: GenerationConfig | None = None,
     *,
     attention_mask: Tensor | None = None,
-    generation_config: GenerationConfig | None = None,
+    inputs_embeds: Tensor | None = None,
+    past_key_values: Any = None,
+    negative_prompt_ids: Tensor | None = None,
+    negative_prompt_attention_mask: Tensor | None = None,
     seed: int | None = None,
     noise: Tensor | None = None,
     **options: Any,
-) -> Tensor:
-    """Continues each prompt, greedily or by sampling.
+) -> Tensor | GenerateOutput:
+    """Continues each prompt.
 
     Padding may stand on either side: each row gets the tokens that it gets alone.
 
     Args:
         model: an `OPTForCausalLM`.
         input_ids: [B, T]; None starts from the beginning-of-sequence token.
-        attention_mask: [B, T], 1 at real tokens; by default told by the pad token.
         generation_config: options instead of the model's own.
+        attention_mask: [B, T], 1 at real tokens; by default told by the pad token.
+        inputs_embeds: [B, T, E], instead of the ids, or of the ids given.
+        past_key_values: a cache of the first tokens of `input_ids`.
+        negative_prompt_ids: [B, any] what `guidance_scale` leads away from, with its mask
+            `negative_prompt_attention_mask`; by default the last token of each prompt.
         seed: of the sampling; None draws a fresh one from PyTorch's global generator.
-        noise: the sampling's Gumbel noise itself, [steps, B x num_return_sequences, V].
-        options: fields of `GenerationConfig` that override it.
+        noise: the sampling's Gumbel noise itself, [steps, rows, V].
+        options: fields of `GenerationConfig` that override it, and objects of `Hooks`.
 
     Returns:
-        [B x num_return_sequences, T + new tokens]: the prompts as given, then the new tokens; rows
-        that ended early are filled with the pad token.
+        [B x num_return_sequences, T + new tokens]: the prompts as given (none of embeddings alone),
+        then the new tokens; rows that ended early are filled with the pad token. With
+        `return_dict_in_generate`, a `GenerateOutput` of them and of what was asked for.
 
     Raises:
         InputError: options or prompts that do not fit each other or the model.
-        UnsupportedError: an option that this release does not have.
+        UnsupportedError: an option that OPT models cannot have.
     """
+    hooks = Hooks.taken_from(options)
     config = (generation_config or model.generation_config).replace(**options)
-    input_ids = _prompts(input_ids, config, model.device)
-    plan = make_plan(config, model.config, input_ids.shape[1])
-    if attention_mask is None and infers_mask(config):
-        attention_mask = (input_ids != config.pad_token_id).long()  # type: ignore[attr-defined]
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    attention_mask = torch.as_tensor(attention_mask, device=model.device)
-    check_prompts(input_ids.cpu().numpy(), attention_mask.cpu().numpy(), model.config)
-    attention_mask = attention_mask.long()
-
-    input_ids = input_ids.repeat_interleave(plan.num_return_sequences, dim=0)
-    attention_mask = attention_mask.repeat_interleave(plan.num_return_sequences, dim=0)
-    tokens, mask = align_right(input_ids, attention_mask)
-    new_tokens = run(model, plan, tokens, mask, _noise(plan, model, len(tokens), seed, noise))
-    return torch.cat([input_ids, new_tokens], dim=1)
-
-
-def run(model: Any, plan: DecodePlan, tokens: Tensor, mask: Tensor, noise: Noise | None) -> Tensor:
-    """Prefills and decodes: prompts [B, T], aligned to the right -> new tokens [B, at most new]."""
-    batch, prompt_length = tokens.shape
-    room = torch.ones((batch, plan.max_new_tokens), dtype=mask.dtype, device=mask.device)
-    full_mask = torch.cat([mask, room], dim=1)  # [B, S]
-    padded = not bool(mask.all())  # without padding no mask is needed, and the kernel is faster
-    logits, cache = prefill(model, tokens, mask if padded else None, plan)
-    state = DecodeState(
-        tokens=torch.cat([tokens, torch.full_like(room, plan.pad_token_id)], dim=1),
-        mask=full_mask,
-        length=prompt_length,
-        prompt_length=prompt_length,
-        finished=torch.zeros(batch, dtype=torch.bool, device=tokens.device),
-        logits=logits,
-        cache=cache,
+    past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
+    given = GivenPrompts(
+        *(_array(x) for x in (input_ids, attention_mask)),
+        embeds_shape=None if inputs_embeds is None else inputs_embeds.shape,
+        past_length=0 if past is None else past.used,
+        negative_ids=_array(negative_prompt_ids),
+        negative_mask=_array(negative_prompt_attention_mask),
     )
-    step_mask = full_mask[:, : plan.capacity] if padded else None
-    step = decode_step(model, step_mask, mask.sum(dim=1), prompt_length)
-    return decode(plan, state, step, noise)
+    prompts = read_prompts(given, config, model.config)
+    plan = make_plan(config, model.config, prompts.lengths, hooks)
+    draw = _noise(plan, model, len(prompts.known) * plan.strategy.rows, seed, noise)
+    inputs = _inputs(plan, prompts, inputs_embeds, past, model.device)
+    watch = Watch(config, hooks, lambda tensor: tensor.cpu().numpy())
+    if prompts.given is not None:
+        watch.start(torch.from_numpy(prompts.given))
+    decoded = run(model, plan, inputs, draw, watch if watch.is_needed else None)
+    watch.end()
+    return _output(plan, prompts, decoded, config, watch)
 
 
-def align_right(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves each row's real tokens to its right end, in order, and its pads to the left."""
-    order = torch.argsort(mask, dim=1, stable=True)  # [B, T]
-    return tokens.gather(1, order), mask.gather(1, order)
+def run(
+    model: Any, plan: DecodePlan, inputs: Inputs, noise: Noise | None, watch: Watch | None
+) -> Decoded:
+    """Prefills and decodes."""
+    output = prefill(model, plan, inputs, watch)
+    step = decode_step(model, plan, inputs, watch)
+    state = first_state(plan, inputs, output)
+    return LOOPS[type(plan.strategy)](plan, state, step, noise, watch)
 
 
-def _prompts(input_ids: Any, config: GenerationConfig, device: torch.device) -> Tensor:
-    if input_ids is None:
-        input_ids = start_of_text(config)
-    tokens = torch.as_tensor(input_ids, device=device)
-    check_prompt_shape(tokens.shape, str(tokens.dtype))
-    return tokens.long()
+def _inputs(
+    plan: DecodePlan,
+    prompts: Prompts,
+    embeds: Tensor | None,
+    past: KVCache | None,
+    device: torch.device,
+) -> Inputs:
+    tokens, mask, known, order = (
+        torch.from_numpy(x).long().to(device)
+        for x in (prompts.tokens, prompts.mask, prompts.known, prompts.order)
+    )
+    if embeds is not None:
+        embeds = torch.take_along_dim(embeds, order[:, :, None], dim=1)
+    if past is not None:
+        past = past.with_capacity(plan.capacity)
+    return Inputs(tokens, mask, known, embeds, past, prompts.offset, plan.max_new_tokens)
+
+
+def _output(
+    plan: DecodePlan, prompts: Prompts, decoded: Decoded, config: GenerationConfig, watch: Watch
+) -> Tensor | GenerateOutput:
+    """The sequences, and what else was asked for."""
+    sequences = decoded.tokens[:, : decoded.count]
+    if prompts.given is not None:
+        given = torch.from_numpy(prompts.given).to(sequences)
+        sequences = torch.cat([given.repeat_interleave(plan.num_return_sequences, 0), sequences], 1)
+    if not config.return_dict_in_generate:
+        return sequences
+    return GenerateOutput(
+        sequences=sequences,
+        sequences_scores=decoded.sequences_scores,
+        beam_indices=decoded.beam_indices,
+        past_key_values=decoded.cache,
+        **watch.records,
+    )
+
+
+def _array(value: Any) -> np.ndarray | None:
+    """Token ids or a mask as numpy has them."""
+    return None if value is None else torch.as_tensor(value).cpu().numpy()
 
 
 def _noise(
@@ -113,7 +151,7 @@ def _noise(
 ) -> Noise | None:
     """The Gumbel noise [rows, V] of each step; None where nothing is sampled."""
     check_seed(seed, noise)
-    if plan.mode is GenerationMode.GREEDY:
+    if not plan.strategy.do_sample:
         return None
     shape = (rows, model.config.vocab_size)
     if noise is not None:

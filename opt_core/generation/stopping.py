@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stopping criteria that options ask for; a caller may give more."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class MaxTime:
+    """Ends all rows `seconds` after `start`, a reading of `time.monotonic`."""
+
+    seconds: float
+    start: float
+
+    def __call__(self, tokens: Any, scores: Any) -> bool:
+        return time.monotonic() - self.start > self.seconds
+
+
+@dataclass(frozen=True)
+class StopStrings:
+    """Ends a row as soon as its last token completes one of the strings; its rest is kept.
+
+    Each token has a byte at least, so a row's last tokens, as many as the longest string has bytes
+    and one more, tell.
+    """
+
+    strings: tuple[str, ...]
+    tokenizer: Any
+
+    def __call__(self, tokens: Any, scores: Any) -> NDArray[np.bool_]:
+        window = 1 + max(len(text.encode()) for text in self.strings)
+        rows = [row.tolist() for row in tokens[:, -window:]]
+        return np.array([self._ends(row) for row in rows])
+
+    def _ends(self, row: list[int]) -> bool:
+        text, before = self.tokenizer.decode(row), self.tokenizer.decode(row[:-1])
+        return any(text.count(stop) > before.count(stop) for stop in self.strings)

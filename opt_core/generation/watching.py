@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens on the host after each step: results are recorded, tokens streamed, ends decided."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opt_core.generation.config import GenerationConfig
+from opt_core.generation.hooks import Hooks, StoppingCriterion
+from opt_core.generation.stopping import MaxTime, StopStrings
+
+
+class Watch:
+    """Follows a loop that runs step by step; arrays stay in the framework's own form.
+
+    Attributes:
+        is_needed: whether there is anything to do; else a loop may run as a whole.
+        scores, logits: [R, V] of each step, if asked for.
+        attentions, hidden_states: of each call of the model, if asked for.
+    """
+
+    def __init__(
+        self, options: GenerationConfig, hooks: Hooks, to_numpy: Callable[[Any], NDArray[Any]]
+    ) -> None:
+        self.options = options
+        self.streamer = hooks.streamer
+        self.to_numpy = to_numpy
+        self.criteria = _criteria(options, hooks)
+        self.scores: list[Any] = []
+        self.logits: list[Any] = []
+        self.attentions: list[Any] = []
+        self.hidden_states: list[Any] = []
+
+    @property
+    def is_needed(self) -> bool:
+        return bool(
+            self.streamer is not None or self.criteria or self.options.return_dict_in_generate
+        )
+
+    @property
+    def sees_layers(self) -> bool:
+        """Whether the model must be asked for attentions or hidden states."""
+        wanted = self.options.output_attentions or self.options.output_hidden_states
+        return wanted and self.options.return_dict_in_generate
+
+    @property
+    def records(self) -> dict[str, tuple[Any, ...]]:
+        """What was recorded, by the names of the outputs."""
+        names = ("scores", "logits", "attentions", "hidden_states")
+        return {name: tuple(getattr(self, name)) for name in names if getattr(self, name)}
+
+    def start(self, tokens: Any) -> None:
+        """Before the first step: the prompts [B, T]."""
+        if self.streamer is not None:
+            self.streamer.put(self.to_numpy(tokens))
+
+    def ran(self, attentions: Any, hidden_states: Any) -> None:
+        """After a call of the model."""
+        if self.options.output_attentions:
+            self.attentions.append(attentions)
+        if self.options.output_hidden_states:
+            self.hidden_states.append(hidden_states)
+
+    def chose(self, tokens: Any, scores: Any, logits: Any) -> NDArray[np.bool_]:
+        """After a step: the rows [R, columns] with their new tokens, and the step's scores [R, V].
+
+        Returns:
+            [R], whether the criteria end a row.
+        """
+        if self.options.return_dict_in_generate and self.options.output_scores:
+            self.scores.append(scores)
+        if self.options.return_dict_in_generate and self.options.output_logits:
+            self.logits.append(logits)
+        if self.streamer is not None:
+            self.streamer.put(self.to_numpy(tokens[:, -1]))
+        ends = np.zeros(tokens.shape[0], bool)
+        for criterion in self.criteria:
+            ends = ends | np.asarray(_values(criterion(tokens, scores), self.to_numpy), bool)
+        return ends
+
+    def end(self) -> None:
+        """After the last step."""
+        if self.streamer is not None:
+            self.streamer.end()
+
+
+def _criteria(options: GenerationConfig, hooks: Hooks) -> tuple[StoppingCriterion, ...]:
+    own: list[StoppingCriterion] = []
+    if options.max_time is not None:
+        own.append(MaxTime(options.max_time, time.monotonic()))
+    if options.stop_strings is not None:
+        own.append(StopStrings(tuple(options.stop_strings), hooks.tokenizer))
+    return (*own, *hooks.stopping_criteria)
+
+
+def _values(verdict: Any, to_numpy: Callable[[Any], NDArray[Any]]) -> Any:
+    return verdict if isinstance(verdict, bool | np.ndarray | np.bool_) else to_numpy(verdict)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy decoding and sampling: one token after the other, each row for itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from opt_core.generation.plan import DecodePlan
+from opt_core.generation.watching import Watch
+from opt_torch.generation.decode import Noise, Step, repeat, watched
+from opt_torch.generation.processors import process
+from opt_torch.generation.state import Decoded, DecodeState
+
+
+def search(
+    plan: DecodePlan, state: DecodeState, step: Step, noise: Noise | None, watch: Watch | None
+) -> Decoded:
+    """Takes the token with the highest score in each step, or samples where there is noise.
+
+    Sampling is argmax(scores + noise) with Gumbel noise. A row that has ended continues with pads;
+    the loop ends with the last row.
+    """
+
+    def goes_on(state: DecodeState) -> bool:
+        return state.step < state.limit and not bool(state.finished.all())
+
+    def advance(state: DecodeState) -> DecodeState:
+        token = state.tokens[:, state.length - 1 : state.length]  # [B, 1]
+        state = state.after(step(token, state.cache))
+        return watched(choose(plan, state, noise), watch)
+
+    state = watched(choose(plan, state, noise), watch)
+    state = repeat(goes_on, advance, state, watch)
+    return Decoded(state.tokens[:, plan.prompt_length :], state.step, state.cache)
+
+
+def choose(plan: DecodePlan, state: DecodeState, noise: Noise | None) -> DecodeState:
+    """The state with one more column: each row's best token, or a pad where the row has ended."""
+    scores = process(plan.processors, state.logits, state)
+    noisy = scores if noise is None else scores + noise(state.step)
+    token = torch.where(state.finished, plan.pad_token_id, noisy.argmax(-1))  # [B]
+    state.tokens[:, state.length] = token
+    ends = torch.tensor(plan.eos_token_ids, dtype=torch.long, device=token.device)
+    finished = state.finished | torch.isin(token, ends)
+    return replace(state, length=state.length + 1, finished=finished, scores=scores)
