@@ -18,6 +18,7 @@ from opt_core.errors import (
     UnsupportedError,
 )
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.streaming import TextIteratorStreamer, TextStreamer
 from opt_core.tokenizer import OPTTokenizer
 
 __version__ = "0.1.0"
@@ -32,5 +33,7 @@ __all__ = [
     "OPTConfig",
     "OPTError",
     "OPTTokenizer",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "UnsupportedError",
 ]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from opt_core import OPTConfig
+from opt_core import GenerationConfig, OPTConfig
+from opt_core.generation.transitions import transition_scores
 from opt_core.inputs import IGNORED_LABEL, check_ids, check_labels
 from opt_core.params import has_untied_head
 from opt_flax.attention import DEFAULT_KERNEL
@@ -142,9 +143,27 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
             return_dict=return_dict,
         )
 
-    def generate(self, input_ids: Any = None, **options: Any) -> GenerateOutput:
+    def generate(
+        self,
+        input_ids: Any = None,
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> GenerateOutput:
         """Continues the prompts; see `opt_flax.generation.generate.generate`."""
-        return generate(self, input_ids, **options)
+        return generate(self, input_ids, generation_config, **options)
+
+    def compute_transition_scores(
+        self,
+        sequences: Array,
+        scores: Sequence[Array],
+        beam_indices: Array | None = None,
+        normalize_logits: bool = False,
+    ) -> Array:
+        """The score of each new token; see `opt_core.generation.transitions.transition_scores`."""
+        arrays = [np.asarray(x) for x in scores]
+        rows = None if beam_indices is None else np.asarray(beam_indices)
+        found = transition_scores(np.asarray(sequences), arrays, rows, normalize_logits)
+        return jnp.asarray(found)
 
 
 def causal_lm_loss(logits: Array, labels: Array) -> Array:

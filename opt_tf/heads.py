@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core import InputError, OPTConfig, UnsupportedError
+from opt_core import GenerationConfig, InputError, OPTConfig, UnsupportedError
+from opt_core.generation.transitions import transition_scores
 from opt_core.inputs import IGNORED_LABEL, check_ids, check_labels
 from opt_tf.generation.generate import generate
 from opt_tf.model import TFOPTModel
-from opt_tf.outputs import CausalLMOutput
+from opt_tf.outputs import CausalLMOutput, GenerateOutput
 from opt_tf.parts import at_least_float32, is_readable, linear
 from opt_tf.pretrained import TFOPTPreTrainedModel
 
@@ -107,9 +110,27 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def generate(self, input_ids: Any = None, **options: Any) -> Tensor:
+    def generate(
+        self,
+        input_ids: Any = None,
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> Tensor | GenerateOutput:
         """Continues the prompts; see `opt_tf.generation.generate.generate`."""
-        return generate(self, input_ids, **options)
+        return generate(self, input_ids, generation_config, **options)
+
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: Sequence[Tensor],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """The score of each new token; see `opt_core.generation.transitions.transition_scores`."""
+        arrays = [np.asarray(x) for x in scores]
+        rows = None if beam_indices is None else np.asarray(beam_indices)
+        found = transition_scores(np.asarray(sequences), arrays, rows, normalize_logits)
+        return tf.constant(found)
 
     def compute_loss(
         self,

@@ -7,10 +7,17 @@ from functools import partial
 
 import optree
 
-from opt_core.outputs import OUTPUTS, BaseModelOutput, CausalLMOutput, flatten, unflatten
+from opt_core.outputs import (
+    OUTPUTS,
+    BaseModelOutput,
+    CausalLMOutput,
+    GenerateOutput,
+    flatten,
+    unflatten,
+)
 from opt_tf.cache import KVCache
 
-__all__ = ["BaseModelOutput", "CausalLMOutput"]
+__all__ = ["BaseModelOutput", "CausalLMOutput", "GenerateOutput"]
 
 
 for _output in OUTPUTS:

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opt_core import OPTConfig
+from opt_core import GenerationConfig, OPTConfig
+from opt_core.generation.transitions import transition_scores
 from opt_core.inputs import IGNORED_LABEL, check_ids, check_labels
 from opt_torch.generation.generate import generate
 from opt_torch.model import OPTModel
-from opt_torch.outputs import CausalLMOutput
+from opt_torch.outputs import CausalLMOutput, GenerateOutput
 from opt_torch.parts import Linear, at_least_float32, is_readable
 from opt_torch.pretrained import OPTPreTrainedModel
 
@@ -80,9 +83,27 @@ class OPTForCausalLM(OPTPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Tensor:
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> Tensor | GenerateOutput:
         """Continues the prompts; see `opt_torch.generation.generate.generate`."""
-        return generate(self, input_ids, **options)
+        return generate(self, input_ids, generation_config, **options)
+
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: Sequence[Tensor],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """The score of each new token; see `opt_core.generation.transitions.transition_scores`."""
+        arrays = [x.cpu().numpy() for x in scores]
+        rows = None if beam_indices is None else beam_indices.cpu().numpy()
+        found = transition_scores(sequences.cpu().numpy(), arrays, rows, normalize_logits)
+        return torch.from_numpy(found)
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:

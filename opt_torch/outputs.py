@@ -5,10 +5,17 @@ from __future__ import annotations
 
 from torch.utils import _pytree as pytree
 
-from opt_core.outputs import OUTPUTS, BaseModelOutput, CausalLMOutput, flatten, unflatten
+from opt_core.outputs import (
+    OUTPUTS,
+    BaseModelOutput,
+    CausalLMOutput,
+    GenerateOutput,
+    flatten,
+    unflatten,
+)
 from opt_torch.cache import KVCache, LayerCache
 
-__all__ = ["BaseModelOutput", "CausalLMOutput"]
+__all__ = ["BaseModelOutput", "CausalLMOutput", "GenerateOutput"]
 
 
 for _output in OUTPUTS:

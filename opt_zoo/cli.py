@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command, and those of its parts that run models; `files.py` has the others."""
+"""The command, and those of its parts that compare models; `generating.py` and `files.py` have the others."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -13,15 +12,14 @@ import typer
 from opt_core import __version__
 from opt_core.assets import TINY_SUMS
 from opt_core.errors import OPTError
-from opt_core.generation.prompts import check_seed
 from opt_zoo import accuracy as accuracies
 from opt_zoo import demo as demos
-from opt_zoo import options, processes, render
+from opt_zoo import options, render
 from opt_zoo.backends import BACKENDS
 from opt_zoo.files import DIFFERENT, convert, inspect, verify
+from opt_zoo.generating import generate
 from opt_zoo.prompts import Prompts
 from opt_zoo.terminal import out, prepare, say, worker_progress
-from opt_zoo.worker import Request
 
 ERROR = 2  # exit code
 
@@ -98,65 +96,6 @@ def demo(
 
 
 @app.command()
-def generate(
-    framework: options.OneFramework,
-    model: options.Model = str(TINY_SUMS),
-    prompt: options.Prompt = None,
-    max_new_tokens: options.MaxNewTokens = 32,
-    min_new_tokens: options.MinNewTokens = None,
-    do_sample: options.DoSample = False,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    num_return_sequences: options.NumReturnSequences = None,
-    seed: options.Seed = None,
-    dtype: options.Dtype = None,
-    as_json: options.AsJson = False,
-) -> None:
-    """Continue prompts with one framework."""
-    check_seed(seed, None)
-    chosen = {
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": min_new_tokens,
-        "do_sample": do_sample or None,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-        "num_return_sequences": num_return_sequences,
-        "seed": seed,
-    }
-    given = {name: value for name, value in chosen.items() if value is not None}
-    (name,) = options.frameworks([framework])
-    prompts = Prompts.encode(model, prompt or _lines_of_stdin())
-    request = Request(name, str(prompts.directory), prompts.inputs, given, dtype=dtype)
-    with worker_progress(BACKENDS[name].title) as on_event:
-        reply = processes.run(request, on_event)
-    _print_continuations(prompts, reply.sequences, as_json)
-
-
-def _lines_of_stdin() -> list[str]:
-    return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
-
-
-def _print_continuations(
-    prompts: Prompts, sequences: Sequence[Sequence[int]], as_json: bool
-) -> None:
-    tokens = prompts.new_tokens(sequences)
-    each = len(tokens) // len(prompts.texts)
-    rows = [
-        {"prompt": prompts.texts[index // each], "text": text, "tokens": row}
-        for index, (text, row) in enumerate(zip(prompts.decode(tokens), tokens, strict=True))
-    ]
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        print(f"{row['prompt']}{row['text']}")
-
-
-@app.command()
 def accuracy(framework: options.Frameworks = None, as_json: options.AsJson = False) -> None:
     """Let the embedded model answer every held-out sum and difference in each framework."""
     shares: dict[str, float] = {}
@@ -172,5 +111,5 @@ def accuracy(framework: options.Frameworks = None, as_json: options.AsJson = Fal
         raise typer.Exit(DIFFERENT)
 
 
-for command in (inspect, convert, verify):
+for command in (generate, inspect, convert, verify):
     app.command()(command)

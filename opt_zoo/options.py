@@ -12,6 +12,7 @@ from opt_core.assets import TINY_SUMS
 from opt_core.dtypes import MODEL_DTYPES
 from opt_core.errors import UnsupportedError
 from opt_core.formats import FORMATS
+from opt_core.generation.strategies import GenerationMode
 from opt_core.params import ARCHITECTURES
 from opt_zoo.backends import BACKENDS, Framework
 from opt_zoo.terminal import say
@@ -54,6 +55,35 @@ RepetitionPenalty = Annotated[
 ]
 NumReturnSequences = Annotated[
     int | None, typer.Option(min=1, help="Continuations drawn for each prompt.")
+]
+Strategy = Annotated[
+    GenerationMode | None,
+    typer.Option(help="How tokens are chosen.", show_default="as the other options say"),
+]
+Option = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE",
+        help="Any other option of generate, its value in JSON, such as num_beams=4; may be repeated.",
+    ),
+]
+ForceWord = Annotated[
+    list[str] | None,
+    typer.Option(help="Words that must appear, for constrained-beam; may be repeated."),
+]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="End where this text appears; may be repeated.")
+]
+Assistant = Annotated[
+    str | None,
+    typer.Option(help="A smaller model of the same tokens that proposes: directory or hub name."),
+]
+Stream = Annotated[
+    bool, typer.Option("--stream", help="Print the text while it is made; one prompt, no beams.")
+]
+Stats = Annotated[
+    bool,
+    typer.Option("--stats", help="Say on stderr what it took: seconds, tokens/s, memory."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Makes drawing repeatable: from 0 to 2**32 - 1.")]
 Dtype = Annotated[

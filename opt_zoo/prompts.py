@@ -58,6 +58,11 @@ class Prompts:
             del row[ends[0] + 1 if ends else len(row) :]
         return rows
 
+    def words(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of words in the middle of a text."""
+        ids: Any = self.tokenizer([f" {text}" for text in texts], add_special_tokens=False)
+        return list(ids["input_ids"]) if texts else []
+
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The texts of tokens, special ones left out."""
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -12,9 +12,10 @@ from rich.text import Text
 from conversion import Plan
 from conversion.text import plan_rows, printable, size
 from conversion.verify import TensorComparison
-from opt_zoo.backends import BACKENDS
+from opt_zoo.backends import BACKENDS, Framework
 from opt_zoo.demo import Answer, Difference
 from opt_zoo.inspection import File, Inspection
+from opt_zoo.processes import Reply
 from opt_zoo.verification import LogitsComparison, Verification, relative_difference
 
 MOST_ROWS = 20  # of the tensors that differ
@@ -52,6 +53,21 @@ def answer_figures(answers: Sequence[Answer]) -> Table:
             f"{a.tokens_per_second:.0f}",
             size(a.peak_bytes),
         )
+    return result
+
+
+def statistics(framework: Framework, reply: Reply, tokens: Sequence[Sequence[int]]) -> Table:
+    """What one framework took to continue prompts."""
+    result = table("framework", "load s", "first run s", "best run s", "tokens/s", "peak memory")
+    best = reply.seconds["best run"]
+    result.add_row(
+        BACKENDS[framework].title,
+        f"{reply.seconds['load']:.2f}",
+        f"{reply.seconds['first run']:.2f}",
+        f"{best:.3f}",
+        f"{sum(map(len, tokens)) / best:.0f}",
+        size(reply.peak_bytes),
+    )
     return result
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.errors import OPTError
+from opt_core.tokenizer import OPTTokenizer
 from opt_zoo.backends import CausalLM, Framework
 from opt_zoo.memory import peak_bytes
 
@@ -36,7 +37,8 @@ class Request:
     """What the worker is to do: load a model, continue prompts, perhaps keep the prompts' logits.
 
     `inputs` are input_ids and attention_mask, [B, T] each. With `repeat`, generation runs several
-    times more, so that the best run shows the speed without compilation.
+    times more, so that the best run shows the speed without compilation. With `stream`, each new
+    token is an event. `assistant` names a smaller model, `tokenizer` that of stop strings.
     """
 
     framework: Framework
@@ -46,6 +48,9 @@ class Request:
     dtype: str | None = None
     logits_file: str | None = None
     batch_size: int | None = None
+    assistant: str | None = None
+    tokenizer: str | None = None
+    stream: bool = False
     repeat: bool = False
 
     def to_json(self) -> str:
@@ -109,23 +114,51 @@ def answer(request: Request, send: Send) -> dict[str, Any]:
 
     timed("import", lambda: CausalLM.model_class(request.framework))
     model = timed("load", lambda: CausalLM.load(request.framework, request.model, request.dtype))
-    sequences = timed("first run", lambda: generate(model, request, send))
+    objects = timed("helpers", lambda: load_objects(request))
+    streamer = {"streamer": EventStreamer(send)} if request.stream else {}
+    sequences = timed("first run", lambda: generate(model, request, objects | streamer, send))
     if request.repeat:
         send("stage", name="more runs")
-        seconds["best run"] = best_seconds(lambda: generate(model, request, send))
+        seconds["best run"] = best_seconds(lambda: generate(model, request, objects, send))
     if request.logits_file is not None:
         logits = timed("logits", lambda: model.logits(request.inputs))
         _save(Path(request.logits_file), logits)
     return {"sequences": sequences, "seconds": seconds, "peak_bytes": peak_bytes()}
 
 
-def generate(model: CausalLM, request: Request, send: Send) -> list[list[int]]:
+def load_objects(request: Request) -> dict[str, Any]:
+    """What `generate` takes besides options: an assistant, a tokenizer; raises OPTError."""
+    objects: dict[str, Any] = {}
+    if request.assistant is not None:
+        assistant = CausalLM.load(request.framework, request.assistant, request.dtype)
+        objects["assistant_model"] = assistant.model
+    if request.tokenizer is not None:
+        objects["tokenizer"] = OPTTokenizer.from_pretrained(request.tokenizer)
+    return objects
+
+
+class EventStreamer:
+    """Sends the prompt and each new token to whoever listens to the worker."""
+
+    def __init__(self, send: Send) -> None:
+        self.send = send
+
+    def put(self, value: Any) -> None:
+        self.send("tokens", tokens=np.asarray(value).tolist())
+
+    def end(self) -> None:
+        self.send("tokens", tokens=None)
+
+
+def generate(
+    model: CausalLM, request: Request, objects: dict[str, Any], send: Send
+) -> list[list[int]]:
     """The sequences of all rows, batch by batch, telling `send` how many rows are done."""
     sequences: list[list[int]] = []
     total = len(request.inputs["input_ids"])
     size = request.batch_size or total
     for batch in _batches(request.inputs, size):
-        sequences += model.generate(batch, request.options).tolist()
+        sequences += model.generate(batch, request.options | objects).tolist()
         send("progress", done=min(len(sequences), total), total=total)
     return sequences[:total] if request.batch_size else sequences
 

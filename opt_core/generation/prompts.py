@@ -29,7 +29,7 @@ class Prompts:
         known: [B, T], the mask of columns whose tokens are known, not embeddings alone.
         order: [B, T], the column that each column came from.
         offset: columns before the first that counts.
-        lengths: what a plan must know.
+        lengths: what a plan must know; they do not count the pads of `bucketed`.
     """
 
     given: Any

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +33,12 @@ class StopStrings:
 
     strings: tuple[str, ...]
     tokenizer: Any
+    to_numpy: Callable[[Any], NDArray[Any]]
 
     def __call__(self, tokens: Any, scores: Any) -> NDArray[np.bool_]:
         window = 1 + max(len(text.encode()) for text in self.strings)
-        rows = [row.tolist() for row in tokens[:, -window:]]
-        return np.array([self._ends(row) for row in rows])
+        rows = self.to_numpy(tokens[:, -window:])
+        return np.array([self._ends(row.tolist()) for row in rows])
 
     def _ends(self, row: list[int]) -> bool:
         text, before = self.tokenizer.decode(row), self.tokenizer.decode(row[:-1])

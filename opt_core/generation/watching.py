@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,16 @@ from numpy.typing import NDArray
 
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.hooks import Hooks, StoppingCriterion
+from opt_core.generation.plan import DecodePlan
 from opt_core.generation.stopping import MaxTime, StopStrings
 
 
 class Watch:
     """Follows a loop that runs step by step; arrays stay in the framework's own form.
+
+    Args:
+        to_numpy: turns an array of the framework into numpy's.
+        repeat: repeats each row of such an array.
 
     Attributes:
         is_needed: whether there is anything to do; else a loop may run as a whole.
@@ -25,12 +30,20 @@ class Watch:
     """
 
     def __init__(
-        self, options: GenerationConfig, hooks: Hooks, to_numpy: Callable[[Any], NDArray[Any]]
+        self,
+        options: GenerationConfig,
+        hooks: Hooks,
+        plan: DecodePlan,
+        to_numpy: Callable[[Any], NDArray[Any]],
+        repeat: Callable[[Any, int], Any],
     ) -> None:
         self.options = options
+        self.plan = plan
+        self.repeat = repeat
         self.streamer = hooks.streamer
         self.to_numpy = to_numpy
-        self.criteria = _criteria(options, hooks)
+        self.criteria = _criteria(options, hooks, to_numpy)
+        self.tokens_seen = 0
         self.scores: list[Any] = []
         self.logits: list[Any] = []
         self.attentions: list[Any] = []
@@ -59,12 +72,25 @@ class Watch:
         if self.streamer is not None:
             self.streamer.put(self.to_numpy(tokens))
 
-    def ran(self, attentions: Any, hidden_states: Any) -> None:
-        """After a call of the model."""
+    def ran(self, attentions: Any, hidden_states: Any, columns: int) -> None:
+        """After a call of the model, which has filled `columns` of its cache.
+
+        Args:
+            attentions: per layer [B or 2B, N, T, at least columns].
+            hidden_states: per layer [B or 2B, T, D].
+        """
         if self.options.output_attentions:
-            self.attentions.append(attentions)
+            self.attentions.append(self._rows(x[..., :columns] for x in attentions))
         if self.options.output_hidden_states:
-            self.hidden_states.append(hidden_states)
+            self.hidden_states.append(self._rows(hidden_states))
+
+    def _rows(self, layers: Iterable[Any]) -> tuple[Any, ...]:
+        """Without the rows that guide; the prompts' once for each row that they become."""
+        halves = 2 if self.plan.is_guided else 1
+        is_prefill = not self.tokens_seen
+        repeats = self.plan.strategy.rows if is_prefill else 1
+        kept = (x[: x.shape[0] // halves] for x in layers)
+        return tuple(x if repeats == 1 else self.repeat(x, repeats) for x in kept)
 
     def chose(self, tokens: Any, scores: Any, logits: Any) -> NDArray[np.bool_]:
         """After a step: the rows [R, columns] with their new tokens, and the step's scores [R, V].
@@ -72,6 +98,7 @@ class Watch:
         Returns:
             [R], whether the criteria end a row.
         """
+        self.tokens_seen += 1
         if self.options.return_dict_in_generate and self.options.output_scores:
             self.scores.append(scores)
         if self.options.return_dict_in_generate and self.options.output_logits:
@@ -89,12 +116,14 @@ class Watch:
             self.streamer.end()
 
 
-def _criteria(options: GenerationConfig, hooks: Hooks) -> tuple[StoppingCriterion, ...]:
+def _criteria(
+    options: GenerationConfig, hooks: Hooks, to_numpy: Callable[[Any], NDArray[Any]]
+) -> tuple[StoppingCriterion, ...]:
     own: list[StoppingCriterion] = []
     if options.max_time is not None:
         own.append(MaxTime(options.max_time, time.monotonic()))
     if options.stop_strings is not None:
-        own.append(StopStrings(tuple(options.stop_strings), hooks.tokenizer))
+        own.append(StopStrings(tuple(options.stop_strings), hooks.tokenizer, to_numpy))
     return (*own, *hooks.stopping_criteria)
 
 

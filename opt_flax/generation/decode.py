@@ -39,7 +39,8 @@ def run_model(
     sees = watch is not None and watch.sees_layers
     output, logits = forward(module, params, sees, last, tokens, arguments)
     if watch is not None and sees:
-        watch.ran(output.attentions, output.hidden_states)
+        columns = int(output.past_key_values.used)
+        watch.ran(output.attentions, output.hidden_states, columns)
     return StepOutput(logits, output.last_hidden_state, output.past_key_values)
 
 

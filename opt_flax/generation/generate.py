@@ -101,10 +101,13 @@ def generate(
     plan = make_plan(config, model.config, prompts.lengths, hooks)
     rows = len(prompts.known) * plan.strategy.rows
     key, noise = _randomness(plan, model, rows, seed, noise, prng_key, is_traced)
-    watch = Watch(config, hooks, np.asarray)
+    watch = Watch(config, hooks, plan, np.asarray, partial(jnp.repeat, axis=0))
     if prompts.given is not None:
         watch.start(prompts.given)
-    wide, inputs = _inputs(plan, prompts, inputs_embeds, past, xp)
+    wide, padded = plan, prompts
+    if not config.return_dict_in_generate:  # which shows the columns of caches and attentions
+        wide, padded = bucketed(plan, prompts, xp)
+    inputs = _inputs(wide, padded, inputs_embeds, past, plan.max_new_tokens)
     if watch.is_needed or plan.needs_host:
         decoded = run(model.module, wide, params, inputs, key, noise, watch)
     else:
@@ -144,18 +147,16 @@ def compiled_run(
 
 
 def _inputs(
-    plan: DecodePlan, prompts: Prompts, embeds: Array | None, past: KVCache | None, xp: Any
-) -> tuple[DecodePlan, Inputs]:
-    """The inputs for lengths that few programs are compiled for, and the plan for them."""
-    wide, padded = bucketed(plan, prompts, xp)
-    pads = wide.prompt_length - plan.prompt_length
+    plan: DecodePlan, prompts: Prompts, embeds: Array | None, past: KVCache | None, limit: int
+) -> Inputs:
+    pads = plan.prompt_length - prompts.lengths.columns
     if embeds is not None:
         embeds = jnp.take_along_axis(jnp.asarray(embeds), prompts.order[:, :, None], axis=1)
         embeds = jnp.pad(embeds, ((0, 0), (pads, 0), (0, 0)))
     if past is not None:
-        past = past.with_capacity(wide.capacity, pads)
-    limits = np.array([padded.offset, plan.max_new_tokens], np.int32)
-    return wide, Inputs(padded.tokens, padded.mask, padded.known, embeds, past, *limits)
+        past = past.with_capacity(plan.capacity, pads)
+    limits = np.array([prompts.offset, limit], np.int32)
+    return Inputs(prompts.tokens, prompts.mask, prompts.known, embeds, past, *limits)
 
 
 def _output(

@@ -35,7 +35,8 @@ def run_model(
         run = compiled(model, forward, sees, last)
     output, logits = run(tokens, arguments)
     if watch is not None and sees:
-        watch.ran(output.attentions, output.hidden_states)
+        columns = int(output.past_key_values.used)
+        watch.ran(output.attentions, output.hidden_states, columns)
     return StepOutput(logits, output.last_hidden_state, output.past_key_values)
 
 

@@ -25,11 +25,11 @@ from opt_core.generation.prompts import (
 )
 from opt_core.generation.strategies import Search, Strategy
 from opt_core.generation.watching import Watch
-from opt_core.outputs import GenerateOutput
 from opt_tf.cache import KVCache
 from opt_tf.generation.decode import Noise, compiled, decode_step, first_state, prefill
 from opt_tf.generation.search import search
 from opt_tf.generation.state import Decoded, Inputs
+from opt_tf.outputs import GenerateOutput
 
 LOOPS: Mapping[type[Strategy], Callable[..., Decoded]] = {Search: search}
 _SMALLEST = float(np.finfo(np.float32).tiny)
@@ -96,10 +96,13 @@ def generate(
     plan = make_plan(config, model.config, prompts.lengths, hooks)
     rows = len(prompts.known) * plan.strategy.rows
     randomness = _randomness(plan, model, rows, seed, noise)
-    watch = Watch(config, hooks, np.asarray)
+    watch = Watch(config, hooks, plan, np.asarray, partial(tf.repeat, axis=0))
     if prompts.given is not None:
         watch.start(prompts.given)
-    wide, inputs = _inputs(plan, prompts, inputs_embeds, past)
+    wide, padded = plan, prompts
+    if not config.return_dict_in_generate:  # which shows the columns of caches and attentions
+        wide, padded = bucketed(plan, prompts)
+    inputs = _inputs(wide, padded, inputs_embeds, past, plan.max_new_tokens)
     if watch.is_needed or plan.needs_host:
         decoded = run(model, wide, inputs, *randomness, watch)
     else:
@@ -136,19 +139,17 @@ def compiled_run(
 
 
 def _inputs(
-    plan: DecodePlan, prompts: Prompts, embeds: Tensor | None, past: KVCache | None
-) -> tuple[DecodePlan, Inputs]:
-    """The inputs for lengths that few programs are compiled for, and the plan for them."""
-    wide, padded = bucketed(plan, prompts)
-    pads = wide.prompt_length - plan.prompt_length
+    plan: DecodePlan, prompts: Prompts, embeds: Tensor | None, past: KVCache | None, limit: int
+) -> Inputs:
+    pads = plan.prompt_length - prompts.lengths.columns
     if embeds is not None:
         embeds = tf.gather(embeds, prompts.order, batch_dims=1)
         embeds = tf.pad(embeds, ((0, 0), (pads, 0), (0, 0)))
     if past is not None:
-        past = past.with_capacity(wide.capacity, pads)
-    arrays = (tf.constant(x, tf.int32) for x in (padded.tokens, padded.mask, padded.known))
-    limits = (tf.constant(x, tf.int32) for x in (padded.offset, plan.max_new_tokens))
-    return wide, Inputs(*arrays, embeds, past, *limits)
+        past = past.with_capacity(plan.capacity, pads)
+    arrays = (tf.constant(x, tf.int32) for x in (prompts.tokens, prompts.mask, prompts.known))
+    limits = (tf.constant(x, tf.int32) for x in (prompts.offset, limit))
+    return Inputs(*arrays, embeds, past, *limits)
 
 
 def _output(

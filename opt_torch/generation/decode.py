@@ -38,7 +38,8 @@ def run_model(
         **arguments,
     )
     if watch is not None and sees:
-        watch.ran(output.attentions, output.hidden_states)
+        columns = int(output.past_key_values.used)
+        watch.ran(output.attentions, output.hidden_states, columns)
     hidden_states = output.last_hidden_state  # [B, T, E]
     logits = model.lm_head(hidden_states[:, -1:] if last else hidden_states)  # [B, 1 or T, V]
     return StepOutput(logits, hidden_states, output.past_key_values)

@@ -22,11 +22,11 @@ from opt_core.generation.prompts import (
 )
 from opt_core.generation.strategies import Search, Strategy
 from opt_core.generation.watching import Watch
-from opt_core.outputs import GenerateOutput
 from opt_torch.cache import KVCache
 from opt_torch.generation.decode import Noise, decode_step, first_state, prefill
 from opt_torch.generation.search import search
 from opt_torch.generation.state import Decoded, Inputs
+from opt_torch.outputs import GenerateOutput
 
 LOOPS: Mapping[type[Strategy], Callable[..., Decoded]] = {Search: search}
 
@@ -86,7 +86,13 @@ def generate(
     plan = make_plan(config, model.config, prompts.lengths, hooks)
     draw = _noise(plan, model, len(prompts.known) * plan.strategy.rows, seed, noise)
     inputs = _inputs(plan, prompts, inputs_embeds, past, model.device)
-    watch = Watch(config, hooks, lambda tensor: tensor.cpu().numpy())
+    watch = Watch(
+        config,
+        hooks,
+        plan,
+        to_numpy=lambda tensor: tensor.cpu().numpy(),
+        repeat=lambda tensor, repeats: tensor.repeat_interleave(repeats, dim=0),
+    )
     if prompts.given is not None:
         watch.start(torch.from_numpy(prompts.given))
     decoded = run(model, plan, inputs, draw, watch if watch.is_needed else None)
