@@ -18,6 +18,11 @@ from opt_core.errors import (
     UnsupportedError,
 )
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.constraints import (
+    Constraint,
+    DisjunctiveConstraint,
+    PhrasalConstraint,
+)
 from opt_core.generation.streaming import TextIteratorStreamer, TextStreamer
 from opt_core.tokenizer import OPTTokenizer
 
@@ -26,6 +31,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "Constraint",
+    "DisjunctiveConstraint",
     "FormatError",
     "GenerationConfig",
     "HubError",
@@ -33,6 +40,7 @@ __all__ = [
     "OPTConfig",
     "OPTError",
     "OPTTokenizer",
+    "PhrasalConstraint",
     "TextIteratorStreamer",
     "TextStreamer",
     "UnsupportedError",

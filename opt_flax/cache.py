@@ -67,11 +67,16 @@ class KVCache(Sequence[tuple[Array, Array]]):
         """This cache with the layers after `length` more tokens."""
         return KVCache(layers, None if self.length is None else self.length + length)
 
-    def with_capacity(self, capacity: int) -> KVCache:
-        """This growing cache as a fixed one of `capacity` columns."""
-        room = ((0, 0), (0, capacity - self.capacity), (0, 0), (0, 0))
-        layers = jax.tree.map(lambda x: jnp.pad(x, room), self.layers)
-        return KVCache(layers, jnp.asarray(self.capacity, jnp.int32))
+    def with_capacity(self, capacity: int, before: int = 0) -> KVCache:
+        """The columns in use as a fixed cache of `capacity` columns, with `before` empty ones first."""
+        used = int(self.used)
+        room = ((0, 0), (before, capacity - before - used), (0, 0), (0, 0))
+        layers = jax.tree.map(lambda x: jnp.pad(x[:, :used], room), self.layers)
+        return KVCache(layers, jnp.asarray(before + used, jnp.int32))
+
+    def take(self, rows: Array) -> KVCache:
+        """The cache of some rows [B]."""
+        return KVCache(jax.tree.map(lambda x: x[rows], self.layers), self.length)
 
     @property
     def capacity(self) -> int:

@@ -22,7 +22,7 @@ from opt_flax.cache import KVCache, LayerCache
 from opt_flax.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
 from opt_flax.masks import attention_bias, positions_from_mask
 from opt_flax.outputs import BaseModelOutput
-from opt_flax.parts import is_readable, linear
+from opt_flax.parts import Embed, is_readable, linear
 from opt_flax.pretrained import FlaxOPTPreTrainedModel
 from opt_flax.weights import initializer
 
@@ -55,7 +55,7 @@ class OPTDecoder(nn.Module):
         draw = partial(initializer, Kind.EMBEDDING, config.init_std)
         self.layerdrop = config.layerdrop
         embed = config.word_embed_proj_dim
-        self.embed_tokens = nn.Embed(
+        self.embed_tokens = Embed(
             config.vocab_size, embed, embedding_init=draw(config.pad_token_id), **dtypes
         )
         self.embed_positions = OPTLearnedPositionalEmbedding(

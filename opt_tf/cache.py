@@ -65,6 +65,19 @@ class KVCache:
         """This cache with the layers after `length` more tokens."""
         return KVCache(layers, None if self.length is None else self.length + length)
 
+    def with_capacity(self, capacity: int, before: int = 0) -> KVCache:
+        """The columns in use as a fixed cache of `capacity` columns, with `before` empty ones first."""
+        room = ((0, 0), (before, capacity - before - self.used), (0, 0), (0, 0))
+        layers = tuple(
+            LayerCache(*(tf.pad(x[:, : self.used], room) for x in layer)) for layer in self.layers
+        )
+        return KVCache(layers, before + self.used)
+
+    def take(self, rows: Tensor) -> KVCache:
+        """The cache of some rows [B]."""
+        layers = tuple(LayerCache(*(tf.gather(x, rows) for x in layer)) for layer in self.layers)
+        return KVCache(layers, self.length)
+
     @property
     def capacity(self) -> int | Tensor:
         return keras.ops.shape(self.layers[0].key)[1] if self.layers else 0

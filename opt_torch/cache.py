@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -70,6 +71,20 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
     def advanced(self, layers: tuple[LayerCache, ...], length: int) -> KVCache:
         """This cache with the layers after `length` more tokens."""
         return KVCache(layers, None if self.length is None else self.length + length)
+
+    def with_capacity(self, capacity: int, before: int = 0) -> KVCache:
+        """The columns in use as a fixed cache of `capacity` columns, with `before` empty ones first."""
+        room = (0, 0, 0, 0, before, capacity - before - self.used)
+        layers = tuple(
+            LayerCache(*(F.pad(x[:, : self.used], room) for x in (layer.key, layer.value)))
+            for layer in self.layers
+        )
+        return KVCache(layers, before + self.used)
+
+    def take(self, rows: Tensor) -> KVCache:
+        """The cache of some rows [B]."""
+        layers = tuple(LayerCache(layer.key[rows], layer.value[rows]) for layer in self.layers)
+        return KVCache(layers, self.length)
 
     @property
     def capacity(self) -> int:

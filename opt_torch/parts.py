@@ -3,15 +3,68 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol, Self
+
 import torch
 from torch import Tensor, nn
 
 
+class DecodingWeight(Protocol):
+    """A weight in another form than [out, in], for decoding alone."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[..., in] -> [..., out]"""
+
+    def plain(self) -> Tensor:
+        """The weight as it was, [out, in]; UnsupportedError where that is lost."""
+
+
 class Linear(nn.Linear):
-    """A linear layer without initial values of its own: `opt_torch.weights` draws them."""
+    """A linear layer without initial values of its own: `opt_torch.weights` draws them.
+
+    While it has a `decoding_weight`, `weight` is empty, or serves only the embedding tied to it.
+    Whatever needs the plain weight restores it first.
+    """
+
+    decoding_weight: DecodingWeight | None = None
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.decoding_weight is not None:
+            if not (torch.is_grad_enabled() and self.weight.requires_grad):
+                return self.decoding_weight.linear(x, self.bias)
+            self.restore()
+        return super().forward(x)
+
+    def restore(self) -> None:
+        if self.decoding_weight is not None:
+            plain = self.decoding_weight.plain()
+            if not self.weight.numel():
+                self.weight.data = plain  # the same parameter: an optimizer may hold it
+            self.decoding_weight = None
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self.restore()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.restore()
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.restore()
+        return self.__dict__
 
 
 class Embedding(nn.Embedding):

@@ -14,6 +14,7 @@ from opt_core.params import num_parameters, param_table
 from opt_core.pretrained import open_pretrained, save_pretrained
 from opt_torch.attention import DEFAULT_KERNEL, KERNELS
 from opt_torch.cache import KVCache
+from opt_torch.decoding_weights import prepare, restore
 from opt_torch.weights import assign, canonical_arrays, initialize
 
 
@@ -77,6 +78,34 @@ class OPTPreTrainedModel(nn.Module):
         shape = (batch_size, max_length, config.num_attention_heads, config.head_dim)
         return KVCache.fixed(config.num_hidden_layers, shape, self.dtype, self.device)
 
+    def prepare_for_decoding(self, *, batch_size: int = 1, weights: str | None = None) -> Self:
+        """Lays the linear layers' weights out for fast decoding on a CPU, in place.
+
+        By default no number changes, and logits only by the order of a sum: the weights are packed
+        where that is found to be faster on this processor; elsewhere, on other devices and in
+        float64 they stay as they are. The plain weights are freed, except that of a tied head, which
+        the embedding reads. They come back, exactly, by whatever needs them: `train()`, a call that
+        records gradients, `to()` and its kin, `state_dict()`, loading, saving, copying.
+
+        Args:
+            batch_size: how many rows a step decodes: prompts times beams or candidates.
+            weights: "int8" rounds the weights to eight bits (torchao; the rest stays as it is). This
+                is lossy and cannot be undone.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            InputError: an unknown `weights`.
+            UnsupportedError: "int8" without torchao, and later, what needs the weights unrounded.
+        """
+        prepare(self, batch_size, weights)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        restore(self)  # or refuse, before anything has moved
+        return super()._apply(*args, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -123,6 +152,7 @@ class OPTPreTrainedModel(nn.Module):
             max_shard_size: bytes, or such as "5GB".
             safe_serialization: if False, pytorch_model.bin is written instead of safetensors.
         """
+        restore(self)
         tensors = canonical_arrays(self, self.config, self.architecture)
         save_pretrained(
             directory,

@@ -64,6 +64,43 @@ class Hooks:
                 "stop_strings needs the tokenizer: generate(..., tokenizer=tokenizer)."
             )
 
+    def check_assistant(self, model: Any, positions: int, *, from_ids: bool) -> None:
+        """Checks that the assistant, if there is one, can propose tokens for the model.
+
+        Args:
+            positions: of the position table that prompt and new tokens need.
+            from_ids: whether the prompts are token ids and nothing else.
+
+        Raises:
+            InputError: it is no causal LM of the same framework, has another vocabulary or too short a
+                position table, or cannot read the prompts.
+        """
+        assistant = self.assistant_model
+        if assistant is None:
+            return
+        if not (isinstance(assistant, type(model)) or isinstance(model, type(assistant))):
+            raise InputError(
+                f"assistant_model: expected a model of the class {type(model).__name__}, found "
+                f"{type(assistant).__name__}."
+            )
+        found, expected = assistant.config, model.config
+        if found.vocab_size != expected.vocab_size:
+            raise InputError(
+                f"assistant_model: expected the model's vocabulary of {expected.vocab_size} tokens, "
+                f"found {found.vocab_size}. Assistant and model must share their tokenizer."
+            )
+        if found.max_position_embeddings < positions:
+            raise InputError(
+                f"assistant_model: prompt and new tokens need {positions} positions, but its position "
+                f"table has {found.max_position_embeddings} (max_position_embeddings). Shorten the "
+                "prompt, lower max_new_tokens or leave out the assistant."
+            )
+        if not from_ids:
+            raise InputError(
+                "assistant_model: the assistant reads token ids, but the prompts are inputs_embeds or "
+                "past_key_values, which belong to the model. Give input_ids alone."
+            )
+
 
 def _listed(name: str, value: Any) -> tuple[Any, ...]:
     if value is None:

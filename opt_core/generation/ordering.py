@@ -35,7 +35,8 @@ def _of_content(options: GenerationConfig) -> Iterator[p.LogitsProcessor]:
     if options.guidance_scale not in (None, 1):
         yield p.Guidance(float(options.guidance_scale))
     if options.sequence_bias:
-        yield p.SequenceBias(tuple((ids, float(bias)) for ids, bias in options.sequence_bias))
+        biases = {ids: float(bias) for ids, bias in options.sequence_bias}
+        yield p.SequenceBias(tuple(biases.items()))
     if options.diversity_penalty and options.num_beam_groups > 1:
         yield p.Diversity(float(options.diversity_penalty))
     if options.encoder_repetition_penalty != 1.0:
@@ -44,9 +45,9 @@ def _of_content(options: GenerationConfig) -> Iterator[p.LogitsProcessor]:
         yield p.RepetitionPenalty(float(options.repetition_penalty))
     if options.no_repeat_ngram_size:
         yield p.NoRepeatNGram(options.no_repeat_ngram_size)
-    words = tuple(w for w in options.bad_words_ids or () if not (len(w) == 1 and w[0] in eos))
+    words = [w for w in options.bad_words_ids or () if not (len(w) == 1 and w[0] in eos)]
     if words:
-        yield p.SequenceBias(tuple((ids, float("-inf")) for ids in words))
+        yield p.SequenceBias(tuple(dict.fromkeys(words, float("-inf")).items()))
 
 
 def _of_ends(options: GenerationConfig, prompt_length: int) -> Iterator[p.LogitsProcessor]:

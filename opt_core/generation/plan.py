@@ -11,11 +11,13 @@ from opt_core.config import OPTConfig
 from opt_core.errors import InputError, UnsupportedError
 from opt_core.generation import processors as p
 from opt_core.generation.config import OTHER_OPTIONS, GenerationConfig
+from opt_core.generation.constraints import read_constraints
 from opt_core.generation.hooks import NO_HOOKS, Hooks
 from opt_core.generation.ordering import plan_processors
 from opt_core.generation.strategies import (
     AssistedSearch,
     ConstrainedBeamSearch,
+    ContrastiveSearch,
     GenerationMode,
     Strategy,
     choose_mode,
@@ -78,7 +80,8 @@ class DecodePlan:
 
     @property
     def capacity(self) -> int:
-        return self.prompt_length + self.max_new_tokens - 1  # the last token is never fed back
+        fed_back = self.max_new_tokens - 1  # all but the last token
+        return self.prompt_length + fed_back + self.strategy.spare_columns
 
     @property
     def is_guided(self) -> bool:
@@ -132,8 +135,10 @@ def make_plan(
         constrained=bool(hooks.constraints),
         assisted=hooks.assistant_model is not None,
     )
-    strategy = make_strategy(mode, options)
-    max_new_tokens = _max_new_tokens(options, config, lengths)
+    constraints = read_constraints(hooks.constraints, options.force_words_ids, config.vocab_size)
+    strategy = make_strategy(mode, options, constraints)
+    _check_contrastive(strategy, config, lengths)
+    max_new_tokens = _max_new_tokens(options, config, lengths, strategy)
     _check_ids(options, config)
     _check_consistency(options, lengths.counted + max_new_tokens, max_new_tokens)
     _warn_of_unused(options, mode)
@@ -160,7 +165,24 @@ def _refuse_foreign(options: GenerationConfig) -> None:
             )
 
 
-def _max_new_tokens(options: GenerationConfig, config: OPTConfig, lengths: PromptLengths) -> int:
+def _check_contrastive(strategy: Strategy, config: OPTConfig, lengths: PromptLengths) -> None:
+    if not isinstance(strategy, ContrastiveSearch):
+        return
+    if lengths.past:
+        raise InputError(
+            "Contrastive search compares hidden states, which past_key_values does not hold: leave it "
+            "out, and give all tokens."
+        )
+    if strategy.top_k > config.vocab_size:
+        raise InputError(
+            f"top_k={strategy.top_k}: contrastive search cannot run more candidates than the "
+            f"vocabulary of {config.vocab_size} tokens has."
+        )
+
+
+def _max_new_tokens(
+    options: GenerationConfig, config: OPTConfig, lengths: PromptLengths, strategy: Strategy
+) -> int:
     count = options.max_new_tokens
     if count is None:
         count = options.max_length - lengths.counted
@@ -170,6 +192,8 @@ def _max_new_tokens(options: GenerationConfig, config: OPTConfig, lengths: Promp
             "prompt and new tokens together: nothing is left to generate. Set max_new_tokens."
         )
     total = lengths.longest + count - 1  # the last new token is not fed back
+    if isinstance(strategy, ContrastiveSearch):
+        total += 1  # but the candidates for it are run
     if total > config.max_position_embeddings:
         raise InputError(
             f"A prompt of {lengths.longest} tokens and {count} new ones need {total} positions, but "

@@ -10,7 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opt_core.errors import InputError
+
+
+class Endings(NamedTuple):
+    """What n sequences say of the tokens that complete them.
+
+    Short prefixes are filled up with -1 on the left.
+    """
+
+    prefixes: NDArray[np.int32]  # [n, longest] the tokens before the last
+    lengths: NDArray[np.int32]  # [n] tokens that a row must have
+    tokens: NDArray[np.int32]  # [n] the last
+    biases: NDArray[np.float32]  # [n]
 
 
 @dataclass(frozen=True)
@@ -39,10 +56,22 @@ class Guidance(LogitsProcessor):
 class SequenceBias(LogitsProcessor):
     """Adds a bias to the last token of each sequence where the row ends with what stands before it.
 
-    As in the reference, a row must have as many tokens as the whole sequence.
+    As in the reference, a row must have as many tokens as the whole sequence, unless it is one token.
     """
 
     biases: tuple[tuple[tuple[int, ...], float], ...]  # (token ids, bias)
+
+    def endings(self) -> Endings:
+        """The sequences as arrays."""
+        sequences = [ids for ids, _ in self.biases]
+        width = max(map(len, sequences))
+        prefixes = [(-1,) * (width - len(ids)) + ids[:-1] for ids in sequences]
+        return Endings(
+            np.array(prefixes, np.int32),
+            np.array([len(ids) if len(ids) > 1 else 0 for ids in sequences], np.int32),
+            np.array([ids[-1] for ids in sequences], np.int32),
+            np.array([bias for _, bias in self.biases], np.float32),
+        )
 
 
 @dataclass(frozen=True)
@@ -95,6 +124,24 @@ class PrefixAllowed(HostProcessor):
 
     rows_per_prompt: int
 
+    def allowed(self, row: int, token_ids: Any, vocab_size: int) -> NDArray[np.bool_]:
+        """Which tokens [V] may follow those of a row.
+
+        Raises:
+            InputError: the function allows none, or one outside the vocabulary.
+        """
+        prompt = row // self.rows_per_prompt
+        found = [int(token) for token in self.function(prompt, token_ids)]
+        if not found or not 0 <= min(found) <= max(found) < vocab_size:
+            raise InputError(
+                f"prefix_allowed_tokens_fn: expected ids from 0 to {vocab_size - 1}, at least one, "
+                f"found {found[:9]} for prompt {prompt} after {len(token_ids)} tokens. Where nothing "
+                "may follow, allow the eos_token_id."
+            )
+        allowed = np.zeros(vocab_size, bool)
+        allowed[found] = True
+        return allowed
+
 
 @dataclass(frozen=True)
 class ForcedBOS(LogitsProcessor):
@@ -117,11 +164,20 @@ class RemoveInvalid(LogitsProcessor):
 
 @dataclass(frozen=True)
 class LengthDecay(LogitsProcessor):
-    """Raises the scores of the ends by `|score| (factor ** n - 1)`, n tokens after `start` new ones."""
+    """Raises the scores of the ends by `|score| (factor ** n - 1)`, n tokens after `start` new ones.
+
+    An end that is forbidden (-inf) stays so; in the reference it becomes NaN.
+    """
 
     start: int
     factor: float
     eos_token_ids: tuple[int, ...]
+
+    def gains(self, count: int) -> NDArray[np.float32]:
+        """What the scores' sizes are multiplied by before they are added, in each of `count` steps."""
+        n = np.maximum(np.arange(count) - self.start, 0)
+        with np.errstate(over="ignore"):
+            return (np.float64(self.factor) ** n - 1.0).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -150,6 +206,20 @@ class ForceTokens(LogitsProcessor):
 class UserDefined(HostProcessor):
     """`function(token ids [B, columns], scores [B, V])` -> scores, in the framework's own arrays."""
 
+    def called(self, tokens: Any, scores: Any) -> Any:
+        """What the function returns.
+
+        Raises:
+            InputError: it is no array of the shape of the scores.
+        """
+        found = self.function(tokens, scores)
+        if np.shape(found) != tuple(scores.shape):
+            raise InputError(
+                f"logits_processor: expected scores {tuple(scores.shape)} from {self.function!r}, "
+                f"found {type(found).__name__} {np.shape(found)}. Return the scores, changed or not."
+            )
+        return found
+
 
 @dataclass(frozen=True)
 class Renormalize(LogitsProcessor):
@@ -172,7 +242,10 @@ class TopK(LogitsProcessor):
 
 @dataclass(frozen=True)
 class TopP(LogitsProcessor):
-    """Keeps the fewest highest scores whose probabilities sum to at least `p`; `keep` at least."""
+    """Keeps the fewest highest scores whose probabilities sum to at least `p`; `keep` at least.
+
+    Those equal to the lowest of them are kept too, so that no order of sorting decides.
+    """
 
     p: float
     keep: int = 1

@@ -6,11 +6,18 @@ Each backend's `generation/` says how, one loop for each of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
+from typing import ClassVar
 
 from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.constraints import Constraint
+
+#: Proposals are filled up to a multiple of this, where each number of them would be compiled.
+PROPOSALS = 8
 
 
 class GenerationMode(Enum):
@@ -35,10 +42,12 @@ class Strategy:
     Attributes:
         rows: decoded side by side for each prompt.
         do_sample: whether noise is added to the scores before the highest is taken.
+        spare_columns: of the cache, beyond those of prompt and new tokens without the last.
     """
 
     rows: int = 1
     do_sample: bool = False
+    spare_columns: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ class ConstrainedBeamSearch(BeamSearch):
     arXiv:1804.06609.
     """
 
+    constraints: tuple[Constraint, ...] = ()
+
 
 @dataclass(frozen=True)
 class ContrastiveSearch(Strategy):
@@ -78,6 +89,7 @@ class ContrastiveSearch(Strategy):
     top_k: int = 4
     penalty_alpha: float = 0.6
     low_memory: bool = False
+    spare_columns: ClassVar[int] = 1  # candidates for the last token are run too
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,13 @@ class AssistedSearch(Strategy):
     num_tokens: int = 5
     constant: bool = False
     lookup_size: int | None = None
+    spare_columns: ClassVar[int] = PROPOSALS - 1  # for what proposals are filled up with
+
+    def next_count(self, count: int, accepted: int) -> int:
+        """How many tokens to propose after `count` of which so many were accepted."""
+        if self.constant:
+            return count
+        return count + 2 if accepted == count else max(1, count - 1)
 
 
 STRATEGIES = (Search, BeamSearch, ConstrainedBeamSearch, ContrastiveSearch, AssistedSearch)
@@ -165,8 +184,10 @@ def _check_mode(mode: GenerationMode, options: GenerationConfig) -> None:
             )
 
 
-def make_strategy(mode: GenerationMode, options: GenerationConfig) -> Strategy:
-    """The strategy for a mode and its options.
+def make_strategy(
+    mode: GenerationMode, options: GenerationConfig, constraints: tuple[Constraint, ...] = ()
+) -> Strategy:
+    """The strategy for a mode, its options, and the constraints where the mode is about them.
 
     Raises:
         InputError: more sequences asked for than the strategy finds.
@@ -195,7 +216,9 @@ def make_strategy(mode: GenerationMode, options: GenerationConfig) -> Strategy:
             constant=lookup is not None or options.num_assistant_tokens_schedule == "constant",
             lookup_size=lookup and (options.max_matching_ngram_size or DEFAULT_LOOKUP_SIZE),
         )
-    search = ConstrainedBeamSearch if mode is GenerationMode.CONSTRAINED_BEAM else BeamSearch
+    search: Callable[..., BeamSearch] = BeamSearch
+    if mode is GenerationMode.CONSTRAINED_BEAM:
+        search = partial(ConstrainedBeamSearch, constraints=constraints)
     return search(
         rows=beams,
         do_sample=sample,

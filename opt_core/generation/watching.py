@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.hooks import Hooks, StoppingCriterion
 from opt_core.generation.plan import DecodePlan
@@ -83,6 +84,41 @@ class Watch:
             self.attentions.append(self._rows(x[..., :columns] for x in attentions))
         if self.options.output_hidden_states:
             self.hidden_states.append(self._rows(hidden_states))
+
+    def select(self, take: Callable[[Any], Any]) -> None:
+        """Of the last call, only what `take` makes of each array was of use."""
+        for calls in (self.attentions, self.hidden_states):
+            calls[-1:] = [tuple(take(x) for x in layers) for layers in calls[-1:]]
+
+    def forget(self, count: int) -> None:
+        """The last calls were of no use."""
+        for calls in (self.attentions, self.hidden_states):
+            del calls[max(0, len(calls) - count) :]
+
+    def split(self, count: int) -> None:
+        """Of the last call, only the first `count` tokens were of use: shows each as a call."""
+        for call in self.attentions[-1:]:
+            queries, columns = call[0].shape[2:]
+            before = columns - queries + 1
+            self.attentions[-1:] = [
+                tuple(x[:, :, i : i + 1, : before + i] for x in call) for i in range(count)
+            ]
+        for call in self.hidden_states[-1:]:
+            self.hidden_states[-1:] = [tuple(x[:, i : i + 1] for x in call) for i in range(count)]
+
+    def check_rows(self, count: int) -> None:
+        """Raises InputError unless rows that run one after the other can be followed."""
+        names = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        asked = [name for name in names if getattr(self.options, name)]
+        if not self.options.return_dict_in_generate:
+            asked = []
+        if self.streamer is not None:
+            asked.append("streamer")
+        if count > 1 and asked:
+            raise InputError(
+                f"{asked[0]}: assisted decoding runs its {count} prompts one after the other, and only "
+                "one can be followed. Give one prompt at a time."
+            )
 
     def _rows(self, layers: Iterable[Any]) -> tuple[Any, ...]:
         """Without the rows that guide; the prompts' once for each row that they become."""

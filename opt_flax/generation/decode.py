@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two phases of decoding, and how a loop repeats the second.
 
-Loops receive `step(tokens [B, T], cache) -> StepOutput`, so they can be run without a model.
+Loops receive `step(tokens [B, T], cache, rows=None) -> StepOutput`, so they can be run without a model.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from opt_core.generation.plan import DecodePlan
+from opt_core.generation.strategies import ContrastiveSearch
 from opt_core.generation.watching import Watch
 from opt_flax.cache import KVCache
 from opt_flax.generation.state import DecodeState, Inputs, StepOutput
 from opt_flax.masks import positions_from_mask
 
-Step = Callable[[Array, Any], StepOutput]
+Step = Callable[..., StepOutput]
 Noise = Callable[[Array], Array]
 State = TypeVar("State")
 
@@ -89,13 +90,22 @@ def prefill(
 def decode_step(
     module: Any, params: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None
 ) -> Step:
-    """The step of a loop: tokens [B, T] of all rows through the model, and of their guides."""
+    """The step of a loop: tokens [B, T] of all rows through the model, and of their guides.
+
+    Or of `rows` [any] of them, each as often as it is named.
+    """
     mask = jnp.repeat(inputs.mask, plan.strategy.rows, axis=0)
     counts = mask.sum(axis=1, keepdims=True)  # [B, 1] real tokens in each prompt
     room = jnp.ones((len(mask), plan.capacity - plan.prompt_length), mask.dtype)
     full_mask = jnp.concatenate([mask, room], axis=1) if plan.is_padded else None  # [B, S]
 
-    def step(tokens: Array, cache: KVCache) -> StepOutput:
+    last_position = module.config.max_position_embeddings - 1  # where columns fill up
+
+    def step(tokens: Array, cache: KVCache, rows: Array | None = None) -> StepOutput:
+        own_counts, own_mask = counts, full_mask
+        if rows is not None:
+            rows = in_halves(plan, rows, len(inputs.known))
+            own_counts, own_mask = counts[rows], None if full_mask is None else full_mask[rows]
         if plan.is_guided:
             tokens = jnp.concatenate([tokens, tokens])
         columns = cache.used + jnp.arange(tokens.shape[1])
@@ -105,12 +115,17 @@ def decode_step(
             watch,
             False,
             tokens,
-            attention_mask=full_mask,
-            position_ids=counts + columns - plan.prompt_length,
+            attention_mask=own_mask,
+            position_ids=jnp.minimum(own_counts + columns - plan.prompt_length, last_position),
             past_key_values=cache,
         )
 
     return step
+
+
+def in_halves(plan: DecodePlan, rows: Array, count: int) -> Array:
+    """Some of `count` rows, followed by the rows that guide them, where there are such."""
+    return jnp.concatenate([rows, rows + count]) if plan.is_guided else rows
 
 
 def first_state(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> DecodeState:
@@ -129,8 +144,22 @@ def first_state(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> DecodeS
         finished=jnp.zeros(len(tokens), bool),
         logits=output.logits[:, -1],
         cache=None,
+        context=_context(plan, inputs, output),
     )
     return state.after(repeated(output, repeats))
+
+
+def _context(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> Array | None:
+    """Hidden states [B, S, E] of the prompts, for strategies that compare candidates with them.
+
+    Pads, and columns not yet filled, hold the last token's: that changes no maximum over columns.
+    """
+    if not isinstance(plan.strategy, ContrastiveSearch):
+        return None
+    hidden_states = output.hidden_states[: len(inputs.known)]  # [B, T, E]
+    mask, last = inputs.mask[: len(inputs.known), :, None], hidden_states[:, -1:]
+    room = jnp.repeat(last, plan.max_new_tokens, axis=1)
+    return jnp.concatenate([jnp.where(mask == 1, hidden_states, last), room], axis=1)
 
 
 def repeated(output: StepOutput, repeats: int) -> StepOutput:

@@ -25,15 +25,32 @@ from opt_core.generation.prompts import (
     check_seed,
     read_prompts,
 )
-from opt_core.generation.strategies import Search, Strategy
+from opt_core.generation.strategies import (
+    AssistedSearch,
+    BeamSearch,
+    ConstrainedBeamSearch,
+    ContrastiveSearch,
+    Search,
+    Strategy,
+)
 from opt_core.generation.watching import Watch
 from opt_flax.cache import KVCache
+from opt_flax.generation.assisted import assisted_search
+from opt_flax.generation.beam import beam_search
+from opt_flax.generation.constrained import constrained_beam_search
+from opt_flax.generation.contrastive import contrastive_search
 from opt_flax.generation.decode import Noise, decode_step, first_state, prefill
 from opt_flax.generation.search import search
 from opt_flax.generation.state import Decoded, Inputs
 from opt_flax.outputs import GenerateOutput
 
-LOOPS: Mapping[type[Strategy], Callable[..., Decoded]] = {Search: search}
+LOOPS: Mapping[type[Strategy], Callable[..., Decoded]] = {
+    Search: search,
+    BeamSearch: beam_search,
+    ConstrainedBeamSearch: constrained_beam_search,
+    ContrastiveSearch: contrastive_search,
+    AssistedSearch: assisted_search,
+}
 
 
 def generate(
@@ -99,6 +116,8 @@ def generate(
     xp = jnp if is_traced else np
     prompts = read_prompts(given, config, model.config, xp)
     plan = make_plan(config, model.config, prompts.lengths, hooks)
+    positions = prompts.lengths.longest + plan.max_new_tokens - 1
+    hooks.check_assistant(model, positions, from_ids=inputs_embeds is None and past is None)
     rows = len(prompts.known) * plan.strategy.rows
     key, noise = _randomness(plan, model, rows, seed, noise, prng_key, is_traced)
     watch = Watch(config, hooks, plan, np.asarray, partial(jnp.repeat, axis=0))
@@ -109,7 +128,7 @@ def generate(
         wide, padded = bucketed(plan, prompts, xp)
     inputs = _inputs(wide, padded, inputs_embeds, past, plan.max_new_tokens)
     if watch.is_needed or plan.needs_host:
-        decoded = run(model.module, wide, params, inputs, key, noise, watch)
+        decoded = run(model.module, wide, params, inputs, key, noise, watch, hooks.assistant_model)
     else:
         decoded = compiled_run(model.module, wide, params, inputs, key, noise)
     watch.end()
@@ -124,13 +143,18 @@ def run(
     key: Array | None,
     noise: Array | None,
     watch: Watch | None = None,
+    assistant: Any = None,
 ) -> Decoded:
     """Prefills and decodes."""
     output = prefill(module, params, plan, inputs, watch)
     step = decode_step(module, params, plan, inputs, watch)
     state = first_state(plan, inputs, output)
     draw = _noise(key, noise, state.logits.shape)
-    return LOOPS[type(plan.strategy)](plan, state, step, draw, watch)
+    loop = LOOPS[type(plan.strategy)]
+    if assistant is not None:
+        own = (assistant.module, assistant.params, plan, inputs, None)
+        loop = partial(loop, assistant=(prefill(*own).cache, decode_step(*own)))
+    return loop(plan, state, step, draw, watch)
 
 
 @partial(jax.jit, static_argnames=("module", "plan"))

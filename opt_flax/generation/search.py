@@ -42,7 +42,12 @@ def choose(plan: DecodePlan, state: DecodeState, noise: Noise | None) -> DecodeS
     """The state with one more column: each row's best token, or a pad where the row has ended."""
     scores = process(plan.processors, state.logits, state)
     noisy = scores if noise is None else scores + noise(state.step)
-    token = jnp.where(state.finished, plan.pad_token_id, noisy.argmax(-1))  # [B]
+    return append(plan, state, noisy.argmax(-1), scores)
+
+
+def append(plan: DecodePlan, state: DecodeState, token: Array, scores: Array) -> DecodeState:
+    """The state with a column of tokens [B] that were chosen from these scores."""
+    token = jnp.where(state.finished, plan.pad_token_id, token)
     tokens = state.tokens.at[:, state.length].set(token.astype(state.tokens.dtype))
     ends = jnp.array(plan.eos_token_ids, jnp.int32)
     finished = state.finished | jnp.isin(token, ends)

@@ -52,6 +52,7 @@ class DecodeState:
     unconditional: Array | None = None  # [B, V] logits without the prompt, for guidance
     scores: Array | None = None  # [B, V] from which the last column was chosen
     chosen: Array | None = None  # [B, any] tokens that earlier beam groups chose for this column
+    context: Array | None = None  # [B, S, E] hidden states to compare candidates with
 
     @property
     def step(self) -> Array:
@@ -65,7 +66,7 @@ class DecodeState:
         return replace(self, logits=logits[:rows], unconditional=unconditional, cache=output.cache)
 
     def take(self, rows: Array) -> DecodeState:
-        """The state of some rows, without a cache."""
+        """The state of some rows, without a cache or context."""
         return replace(
             self,
             tokens=self.tokens[rows],
@@ -74,6 +75,7 @@ class DecodeState:
             logits=self.logits[rows],
             unconditional=None if self.unconditional is None else self.unconditional[rows],
             cache=None,
+            context=None,
         )
 
 

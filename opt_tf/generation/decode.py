@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two phases of decoding, and how a loop repeats the second.
 
-Loops receive `step(tokens [B, T], cache) -> StepOutput`, so they can be run without a model.
+Loops receive `step(tokens [B, T], cache, rows=None) -> StepOutput`, so they can be run without a model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core.generation.plan import DecodePlan
+from opt_core.generation.strategies import ContrastiveSearch
 from opt_core.generation.watching import Watch
 from opt_tf.cache import KVCache
 from opt_tf.generation.state import DecodeState, Inputs, StepOutput
 from opt_tf.masks import positions_from_mask
 
-Step = Callable[[Tensor, Any], StepOutput]
+Step = Callable[..., StepOutput]
 Noise = Callable[[Tensor], Tensor]
 State = TypeVar("State")
 
@@ -85,13 +86,23 @@ def prefill(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -
 
 
 def decode_step(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -> Step:
-    """The step of a loop: tokens [B, T] of all rows through the model, and of their guides."""
+    """The step of a loop: tokens [B, T] of all rows through the model, and of their guides.
+
+    Or of `rows` [any] of them, each as often as it is named.
+    """
     mask = tf.repeat(inputs.mask, plan.strategy.rows, axis=0)
     counts = tf.reduce_sum(mask, axis=1, keepdims=True)  # [B, 1] real tokens in each prompt
     room = tf.ones((mask.shape[0], plan.capacity - plan.prompt_length), mask.dtype)
     full_mask = tf.concat([mask, room], axis=1) if plan.is_padded else None  # [B, S]
 
-    def step(tokens: Tensor, cache: KVCache) -> StepOutput:
+    last_position = model.config.max_position_embeddings - 1  # where columns fill up
+
+    def step(tokens: Tensor, cache: KVCache, rows: Tensor | None = None) -> StepOutput:
+        own_counts, own_mask = counts, full_mask
+        if rows is not None:
+            rows = in_halves(plan, rows, inputs.known.shape[0])
+            own_counts = tf.gather(counts, rows)
+            own_mask = None if full_mask is None else tf.gather(full_mask, rows)
         if plan.is_guided:
             tokens = tf.concat([tokens, tokens], axis=0)
         columns = cache.used + tf.range(tokens.shape[1])
@@ -100,12 +111,17 @@ def decode_step(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | Non
             watch,
             False,
             tokens,
-            attention_mask=full_mask,
-            position_ids=counts + columns - plan.prompt_length,
+            attention_mask=own_mask,
+            position_ids=tf.minimum(own_counts + columns - plan.prompt_length, last_position),
             past_key_values=cache,
         )
 
     return step
+
+
+def in_halves(plan: DecodePlan, rows: Tensor, count: int) -> Tensor:
+    """Some of `count` rows, followed by the rows that guide them, where there are such."""
+    return tf.concat([rows, rows + count], axis=0) if plan.is_guided else rows
 
 
 def first_state(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> DecodeState:
@@ -124,9 +140,23 @@ def first_state(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> DecodeS
         finished=tf.zeros(tokens.shape[0], tf.bool),
         logits=output.logits[:, -1],
         cache=None,
+        context=_context(plan, inputs, output),
     )
     cache = replace(output.cache, length=tf.constant(plan.prompt_length))
     return state.after(repeated(output._replace(cache=cache), repeats))
+
+
+def _context(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> Tensor | None:
+    """Hidden states [B, S, E] of the prompts, for strategies that compare candidates with them.
+
+    Pads, and columns not yet filled, hold the last token's: that changes no maximum over columns.
+    """
+    if not isinstance(plan.strategy, ContrastiveSearch):
+        return None
+    hidden_states = output.hidden_states[: inputs.known.shape[0]]  # [B, T, E]
+    mask, last = inputs.mask[: inputs.known.shape[0], :, None], hidden_states[:, -1:]
+    room = tf.repeat(last, plan.max_new_tokens, axis=1)
+    return tf.concat([tf.where(mask == 1, hidden_states, last), room], axis=1)
 
 
 def repeated(output: StepOutput, repeats: int) -> StepOutput:

@@ -23,15 +23,32 @@ from opt_core.generation.prompts import (
     check_seed,
     read_prompts,
 )
-from opt_core.generation.strategies import Search, Strategy
+from opt_core.generation.strategies import (
+    AssistedSearch,
+    BeamSearch,
+    ConstrainedBeamSearch,
+    ContrastiveSearch,
+    Search,
+    Strategy,
+)
 from opt_core.generation.watching import Watch
 from opt_tf.cache import KVCache
+from opt_tf.generation.assisted import assisted_search
+from opt_tf.generation.beam import beam_search
+from opt_tf.generation.constrained import constrained_beam_search
+from opt_tf.generation.contrastive import contrastive_search
 from opt_tf.generation.decode import Noise, compiled, decode_step, first_state, prefill
 from opt_tf.generation.search import search
 from opt_tf.generation.state import Decoded, Inputs
 from opt_tf.outputs import GenerateOutput
 
-LOOPS: Mapping[type[Strategy], Callable[..., Decoded]] = {Search: search}
+LOOPS: Mapping[type[Strategy], Callable[..., Decoded]] = {
+    Search: search,
+    BeamSearch: beam_search,
+    ConstrainedBeamSearch: constrained_beam_search,
+    ContrastiveSearch: contrastive_search,
+    AssistedSearch: assisted_search,
+}
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -94,6 +111,8 @@ def generate(
     )
     prompts = read_prompts(given, config, model.config)
     plan = make_plan(config, model.config, prompts.lengths, hooks)
+    positions = prompts.lengths.longest + plan.max_new_tokens - 1
+    hooks.check_assistant(model, positions, from_ids=inputs_embeds is None and past is None)
     rows = len(prompts.known) * plan.strategy.rows
     randomness = _randomness(plan, model, rows, seed, noise)
     watch = Watch(config, hooks, plan, np.asarray, partial(tf.repeat, axis=0))
@@ -104,7 +123,7 @@ def generate(
         wide, padded = bucketed(plan, prompts)
     inputs = _inputs(wide, padded, inputs_embeds, past, plan.max_new_tokens)
     if watch.is_needed or plan.needs_host:
-        decoded = run(model, wide, inputs, *randomness, watch)
+        decoded = run(model, wide, inputs, *randomness, watch, hooks.assistant_model)
     else:
         decoded = compiled(model, compiled_run, wide)(inputs, *randomness)
     watch.end()
@@ -118,13 +137,18 @@ def run(
     seed: Tensor | None,
     noise: Tensor | None,
     watch: Watch | None = None,
+    assistant: Any = None,
 ) -> Decoded:
     """Prefills and decodes."""
     output = prefill(model, plan, inputs, watch)
     step = decode_step(model, plan, inputs, watch)
     state = first_state(plan, inputs, output)
     draw = _noise(seed, noise, state.logits.shape)
-    return LOOPS[type(plan.strategy)](plan, state, step, draw, watch)
+    loop = LOOPS[type(plan.strategy)]
+    if assistant is not None:
+        own = (assistant, plan, inputs, None)
+        loop = partial(loop, assistant=(prefill(*own).cache, decode_step(*own)))
+    return loop(plan, state, step, draw, watch)
 
 
 def compiled_run(
@@ -199,9 +223,12 @@ def _noise(seed: Tensor | None, noise: Tensor | None, shape: tuple[int, ...]) ->
     if seed is None:
         return None
 
-    def draw(index: Tensor) -> Tensor:
-        seed_of_step = tf.random.experimental.stateless_fold_in(seed, index)
-        uniform = tf.random.stateless_uniform(shape, seed_of_step, minval=_SMALLEST)
-        return -tf.math.log(-tf.math.log(uniform))
+    return partial(_gumbel, tuple(shape), seed)
 
-    return draw
+
+@tf.function(jit_compile=True, autograph=False)
+def _gumbel(shape: tuple[int, ...], seed: Tensor, index: Tensor) -> Tensor:
+    """The noise of a step. Compiled wherever it is called: XLA draws other numbers than a kernel."""
+    seed_of_step = tf.random.experimental.stateless_fold_in(seed, index, alg="philox")
+    uniform = tf.random.stateless_uniform(shape, seed_of_step, minval=_SMALLEST, alg="philox")
+    return -tf.math.log(-tf.math.log(uniform))

@@ -41,8 +41,12 @@ def choose(plan: DecodePlan, state: DecodeState, noise: Noise | None) -> DecodeS
     """The state with one more column: each row's best token, or a pad where the row has ended."""
     scores = process(plan.processors, state.logits, state)
     noisy = scores if noise is None else scores + noise(state.step)
-    token = tf.argmax(noisy, axis=-1, output_type=state.tokens.dtype)
-    token = tf.where(state.finished, tf.cast(plan.pad_token_id, token.dtype), token)  # [B]
+    return append(plan, state, tf.argmax(noisy, axis=-1, output_type=tf.int32), scores)
+
+
+def append(plan: DecodePlan, state: DecodeState, token: Tensor, scores: Tensor) -> DecodeState:
+    """The state with a column of tokens [B] that were chosen from these scores."""
+    token = tf.where(state.finished, plan.pad_token_id, token)
     tokens = keras.ops.slice_update(state.tokens, (0, state.length), token[:, None])
     finished = state.finished | is_any_of(token, plan.eos_token_ids)
     return state._replace(tokens=tokens, length=state.length + 1, finished=finished, scores=scores)

@@ -49,6 +49,7 @@ class DecodeState(NamedTuple):
     unconditional: Tensor | None = None  # [B, V] logits without the prompt, for guidance
     scores: Tensor | None = None  # [B, V] from which the last column was chosen
     chosen: Tensor | None = None  # [B, any] tokens that earlier beam groups chose for this column
+    context: Tensor | None = None  # [B, S, E] hidden states to compare candidates with
 
     @property
     def step(self) -> Tensor:
@@ -62,7 +63,7 @@ class DecodeState(NamedTuple):
         return self._replace(logits=logits[:rows], unconditional=unconditional, cache=output.cache)
 
     def take(self, rows: Tensor) -> DecodeState:
-        """The state of some rows, without a cache."""
+        """The state of some rows, without a cache or context."""
         return self._replace(
             tokens=tf.gather(self.tokens, rows),
             mask=tf.gather(self.mask, rows),
@@ -72,6 +73,7 @@ class DecodeState(NamedTuple):
             if self.unconditional is None
             else tf.gather(self.unconditional, rows),
             cache=None,
+            context=None,
         )
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two phases of decoding, and how a loop repeats the second.
 
-Loops receive `step(tokens [B, T], cache) -> StepOutput`, so they can be run without a model.
+Loops receive `step(tokens [B, T], cache, rows=None) -> StepOutput`, so they can be run without a model.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from opt_core.generation.plan import DecodePlan
+from opt_core.generation.strategies import ContrastiveSearch
 from opt_core.generation.watching import Watch
 from opt_torch.cache import KVCache
 from opt_torch.generation.state import DecodeState, Inputs, StepOutput
 from opt_torch.masks import positions_from_mask
 
-Step = Callable[[Tensor, Any], StepOutput]
+Step = Callable[..., StepOutput]
 Noise = Callable[[int], Tensor]
 State = TypeVar("State")
 
@@ -62,13 +63,20 @@ def prefill(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -
 
 
 def decode_step(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -> Step:
-    """The step of a loop: tokens [B, T] of all rows through the model, and of their guides."""
+    """The step of a loop: tokens [B, T] of all rows through the model, and of their guides.
+
+    Or of `rows` [any] of them, each as often as it is named.
+    """
     mask = inputs.mask.repeat_interleave(plan.strategy.rows, dim=0)
     counts = mask.sum(dim=1, keepdim=True)  # [B, 1] real tokens in each prompt
     room = mask.new_ones((len(mask), plan.capacity - plan.prompt_length))
     full_mask = torch.cat([mask, room], dim=1) if plan.is_padded else None  # [B, S]
 
-    def step(tokens: Tensor, cache: KVCache) -> StepOutput:
+    def step(tokens: Tensor, cache: KVCache, rows: Tensor | None = None) -> StepOutput:
+        own_counts, own_mask = counts, full_mask
+        if rows is not None:
+            rows = in_halves(plan, rows, len(inputs.known))
+            own_counts, own_mask = counts[rows], None if full_mask is None else full_mask[rows]
         if plan.is_guided:
             tokens = torch.cat([tokens, tokens])
         columns = cache.used + torch.arange(tokens.shape[1], device=tokens.device)
@@ -77,12 +85,17 @@ def decode_step(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | Non
             watch,
             False,
             tokens,
-            attention_mask=full_mask,
-            position_ids=counts + columns - plan.prompt_length,
+            attention_mask=own_mask,
+            position_ids=own_counts + columns - plan.prompt_length,
             past_key_values=cache,
         )
 
     return step
+
+
+def in_halves(plan: DecodePlan, rows: Tensor, count: int) -> Tensor:
+    """Some of `count` rows, followed by the rows that guide them, where there are such."""
+    return torch.cat([rows, rows + count]) if plan.is_guided else rows
 
 
 def first_state(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> DecodeState:
@@ -101,8 +114,22 @@ def first_state(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> DecodeS
         finished=torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device),
         logits=output.logits[:, -1],
         cache=None,
+        context=_context(plan, inputs, output),
     )
     return state.after(repeated(output, repeats))
+
+
+def _context(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> Tensor | None:
+    """Hidden states [B, S, E] of the prompts, for strategies that compare candidates with them.
+
+    Pads, and columns not yet filled, hold the last token's: that changes no maximum over columns.
+    """
+    if not isinstance(plan.strategy, ContrastiveSearch):
+        return None
+    hidden_states = output.hidden_states[: len(inputs.known)]  # [B, T, E]
+    mask, last = inputs.mask[: len(inputs.known), :, None], hidden_states[:, -1:]
+    room = last.repeat_interleave(plan.max_new_tokens, dim=1)
+    return torch.cat([torch.where(mask == 1, hidden_states, last), room], dim=1)
 
 
 def repeated(output: StepOutput, repeats: int) -> StepOutput:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,32 @@ from opt_core.generation.prompts import (
     check_seed,
     read_prompts,
 )
-from opt_core.generation.strategies import Search, Strategy
+from opt_core.generation.strategies import (
+    AssistedSearch,
+    BeamSearch,
+    ConstrainedBeamSearch,
+    ContrastiveSearch,
+    Search,
+    Strategy,
+)
 from opt_core.generation.watching import Watch
 from opt_torch.cache import KVCache
+from opt_torch.generation.assisted import assisted_search
+from opt_torch.generation.beam import beam_search
+from opt_torch.generation.constrained import constrained_beam_search
+from opt_torch.generation.contrastive import contrastive_search
 from opt_torch.generation.decode import Noise, decode_step, first_state, prefill
 from opt_torch.generation.search import search
 from opt_torch.generation.state import Decoded, Inputs
 from opt_torch.outputs import GenerateOutput
 
-LOOPS: Mapping[type[Strategy], Callable[..., Decoded]] = {Search: search}
+LOOPS: Mapping[type[Strategy], Callable[..., Decoded]] = {
+    Search: search,
+    BeamSearch: beam_search,
+    ConstrainedBeamSearch: constrained_beam_search,
+    ContrastiveSearch: contrastive_search,
+    AssistedSearch: assisted_search,
+}
 
 
 @torch.no_grad()
@@ -84,6 +102,8 @@ def generate(
     )
     prompts = read_prompts(given, config, model.config)
     plan = make_plan(config, model.config, prompts.lengths, hooks)
+    positions = prompts.lengths.longest + plan.max_new_tokens - 1
+    hooks.check_assistant(model, positions, from_ids=inputs_embeds is None and past is None)
     draw = _noise(plan, model, len(prompts.known) * plan.strategy.rows, seed, noise)
     inputs = _inputs(plan, prompts, inputs_embeds, past, model.device)
     watch = Watch(
@@ -95,19 +115,30 @@ def generate(
     )
     if prompts.given is not None:
         watch.start(torch.from_numpy(prompts.given))
-    decoded = run(model, plan, inputs, draw, watch if watch.is_needed else None)
+    decoded = run(
+        model, plan, inputs, draw, watch if watch.is_needed else None, hooks.assistant_model
+    )
     watch.end()
     return _output(plan, prompts, decoded, config, watch)
 
 
 def run(
-    model: Any, plan: DecodePlan, inputs: Inputs, noise: Noise | None, watch: Watch | None
+    model: Any,
+    plan: DecodePlan,
+    inputs: Inputs,
+    noise: Noise | None,
+    watch: Watch | None,
+    assistant: Any = None,
 ) -> Decoded:
     """Prefills and decodes."""
     output = prefill(model, plan, inputs, watch)
     step = decode_step(model, plan, inputs, watch)
     state = first_state(plan, inputs, output)
-    return LOOPS[type(plan.strategy)](plan, state, step, noise, watch)
+    loop = LOOPS[type(plan.strategy)]
+    if assistant is not None:
+        own = (assistant, plan, inputs, None)
+        loop = partial(loop, assistant=(prefill(*own).cache, decode_step(*own)))
+    return loop(plan, state, step, noise, watch)
 
 
 def _inputs(
@@ -165,9 +196,11 @@ def _noise(
         check_noise(noise.shape, (plan.max_new_tokens, *shape))
         return noise.__getitem__
     generator = torch.Generator(device=model.device)
-    generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
 
     def draw(index: int) -> Tensor:
+        seed_of_step = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)
+        generator.manual_seed(int(seed_of_step[0]))
         exponential = torch.empty(shape, device=model.device).exponential_(generator=generator)
         return -torch.log(exponential)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from opt_core.generation.plan import DecodePlan
 from opt_core.generation.watching import Watch
@@ -40,7 +41,12 @@ def choose(plan: DecodePlan, state: DecodeState, noise: Noise | None) -> DecodeS
     """The state with one more column: each row's best token, or a pad where the row has ended."""
     scores = process(plan.processors, state.logits, state)
     noisy = scores if noise is None else scores + noise(state.step)
-    token = torch.where(state.finished, plan.pad_token_id, noisy.argmax(-1))  # [B]
+    return append(plan, state, noisy.argmax(-1), scores)
+
+
+def append(plan: DecodePlan, state: DecodeState, token: Tensor, scores: Tensor) -> DecodeState:
+    """The state with a column of tokens [B] that were chosen from these scores."""
+    token = torch.where(state.finished, plan.pad_token_id, token)
     state.tokens[:, state.length] = token
     ends = torch.tensor(plan.eos_token_ids, dtype=torch.long, device=token.device)
     finished = state.finished | torch.isin(token, ends)

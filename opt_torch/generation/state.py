@@ -50,6 +50,7 @@ class DecodeState:
     unconditional: Tensor | None = None  # [B, V] logits without the prompt, for guidance
     scores: Tensor | None = None  # [B, V] from which the last column was chosen
     chosen: Tensor | None = None  # [B, any] tokens that earlier beam groups chose for this column
+    context: Tensor | None = None  # [B, S, E] hidden states to compare candidates with
 
     @property
     def step(self) -> int:
@@ -63,7 +64,7 @@ class DecodeState:
         return replace(self, logits=logits[:rows], unconditional=unconditional, cache=output.cache)
 
     def take(self, rows: Tensor) -> DecodeState:
-        """The state of some rows, without a cache."""
+        """The state of some rows, without a cache or context."""
         return replace(
             self,
             tokens=self.tokens[rows],
@@ -72,6 +73,7 @@ class DecodeState:
             logits=self.logits[rows],
             unconditional=None if self.unconditional is None else self.unconditional[rows],
             cache=None,
+            context=None,
         )
 
 

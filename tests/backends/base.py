@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opt_core import GenerationConfig, OPTConfig
+from opt_core.generation.plan import DecodePlan
 from opt_core.generation.processors import LogitsProcessor
 from opt_core.params import Param
 
@@ -122,6 +123,36 @@ class Backend(ABC):
         """`generate`; arrays among the options (attention_mask, noise) are translated."""
 
     @abstractmethod
+    def generate_output(
+        self, model: Model, input_ids: Array | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """`generate` with `return_dict_in_generate`: what it returned by name, as from `forward`."""
+
+    @abstractmethod
+    def decode(
+        self,
+        plan: DecodePlan,
+        tokens: Array,
+        table: Array,
+        *,
+        limit: int | None = None,
+        noise: Array | None = None,
+        watch: Any = None,
+    ) -> tuple[Array, int, int]:
+        """Runs the loop of the plan's strategy without a model: a compiled one where nobody watches.
+
+        Args:
+            tokens: [B, T] of the rows.
+            table: [V, V], the logits that follow each token.
+            limit: new tokens allowed, if fewer than the plan has room for.
+            noise: [steps, B, V].
+            watch: an object with `chose`.
+
+        Returns:
+            The new tokens [B, any], how many columns are filled, and the number of steps made.
+        """
+
+    @abstractmethod
     def process(
         self,
         processors: Sequence[LogitsProcessor],
@@ -130,8 +161,18 @@ class Backend(ABC):
         mask: Array,
         length: int,
         prompt_length: int,
+        *,
+        offset: int = 0,
+        limit: int | None = None,
+        unconditional: Array | None = None,
+        chosen: Array | None = None,
+        compiled: bool = False,
     ) -> Array:
-        """The scores [B, V] after the processors, in a state of tokens and mask [B, S]."""
+        """The scores [B, V] after the processors, in a state of tokens and mask [B, S].
+
+        The rest is as in a backend's DecodeState; `limit` is by default all the room there is. With
+        `compiled`, the processors run as a loop compiles them, where the backend does so.
+        """
 
 
 def read_output(output: Any, to_numpy: Any) -> dict[str, Any]:

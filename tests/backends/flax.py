@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from flax.traverse_util import flatten_dict
 
 import opt_flax
 from opt_core import GenerationConfig, OPTConfig
+from opt_core.generation.plan import DecodePlan
 from opt_core.generation.processors import LogitsProcessor
 from opt_core.params import param_table
 from opt_flax.activations import ACTIVATIONS
 from opt_flax.attention import KERNELS
+from opt_flax.generation.generate import LOOPS
 from opt_flax.generation.processors import APPLY, process
-from opt_flax.generation.state import DecodeState
+from opt_flax.generation.state import DecodeState, StepOutput
 from opt_flax.weights import canonical_arrays
 from tests.backends.base import Array, Backend, canonical_shapes, nested, read_output
 
@@ -83,6 +86,48 @@ class FlaxBackend(Backend):
     def generate(self, model: Any, input_ids: Array | None = None, **options: Any) -> Array:
         return np.asarray(model.generate(input_ids, **options).sequences)
 
+    def generate_output(
+        self, model: Any, input_ids: Array | None = None, **options: Any
+    ) -> dict[str, Any]:
+        output = model.generate(input_ids, return_dict_in_generate=True, **options)
+        return read_output(output, _numpy)
+
+    def decode(
+        self,
+        plan: DecodePlan,
+        tokens: Array,
+        table: Array,
+        *,
+        limit: int | None = None,
+        noise: Array | None = None,
+        watch: Any = None,
+    ) -> tuple[Array, int, int]:
+        def run() -> Any:
+            logits, rows = jnp.asarray(table), jnp.asarray(tokens, jnp.int32)
+            room = jnp.full((len(rows), plan.max_new_tokens), plan.pad_token_id)
+            buffer = jnp.concatenate([rows, room], axis=1)
+            state = DecodeState(
+                tokens=buffer,
+                mask=jnp.ones_like(buffer),
+                length=jnp.asarray(rows.shape[1], jnp.int32),
+                prompt_length=rows.shape[1],
+                offset=jnp.asarray(0, jnp.int32),
+                limit=jnp.asarray(plan.max_new_tokens if limit is None else limit, jnp.int32),
+                finished=jnp.zeros(len(rows), bool),
+                logits=logits[rows[:, -1]],
+                cache=jnp.asarray(0),  # counts the steps
+            )
+            return LOOPS[type(plan.strategy)](
+                plan,
+                state,
+                lambda tokens, cache, rows=None: StepOutput(logits[tokens], None, cache + 1),
+                None if noise is None else jnp.asarray(noise).__getitem__,
+                watch,
+            )
+
+        found = run() if watch is not None else jax.jit(run)()
+        return np.asarray(found.tokens), int(found.count), int(found.cache)
+
     def process(
         self,
         processors: Sequence[LogitsProcessor],
@@ -91,17 +136,29 @@ class FlaxBackend(Backend):
         mask: Array,
         length: int,
         prompt_length: int,
+        *,
+        offset: int = 0,
+        limit: int | None = None,
+        unconditional: Array | None = None,
+        chosen: Array | None = None,
+        compiled: bool = False,
     ) -> Array:
         state = DecodeState(
             tokens=jnp.asarray(tokens),
             mask=jnp.asarray(mask),
             length=jnp.asarray(length),
             prompt_length=prompt_length,
+            offset=jnp.asarray(offset),
+            limit=jnp.asarray(tokens.shape[1] - prompt_length if limit is None else limit),
             finished=jnp.zeros(len(tokens), bool),
             logits=jnp.asarray(scores),
             cache=None,
+            unconditional=None if unconditional is None else jnp.asarray(unconditional),
+            chosen=None if chosen is None else jnp.asarray(chosen),
         )
-        return np.asarray(process(tuple(processors), state.logits, state))
+        run = partial(process, tuple(processors))
+        run = jax.jit(run) if compiled else run
+        return np.asarray(run(state.logits, state))
 
     def _class(self, base: bool) -> Any:
         return opt_flax.FlaxOPTModel if base else opt_flax.FlaxOPTForCausalLM

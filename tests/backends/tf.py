@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import numpy as np
 import tensorflow as tf
 
 from opt_core import GenerationConfig, OPTConfig
+from opt_core.generation.plan import DecodePlan
 from opt_core.generation.processors import LogitsProcessor
 from opt_core.params import param_table
 from opt_tf.activations import ACTIVATIONS
 from opt_tf.attention import KERNELS
+from opt_tf.generation.generate import LOOPS
 from opt_tf.generation.processors import APPLY, process
-from opt_tf.generation.state import DecodeState
+from opt_tf.generation.state import DecodeState, StepOutput
 from opt_tf.weights import canonical_arrays, find_parameter
 from tests.backends.base import Array, Backend, canonical_shapes, nested, read_output
 
@@ -93,6 +96,50 @@ class TFBackend(Backend):
     def generate(self, model: Any, input_ids: Array | None = None, **options: Any) -> Array:
         return model.generate(input_ids, **options).numpy()
 
+    def generate_output(
+        self, model: Any, input_ids: Array | None = None, **options: Any
+    ) -> dict[str, Any]:
+        output = model.generate(input_ids, return_dict_in_generate=True, **options)
+        return read_output(output, _numpy)
+
+    def decode(
+        self,
+        plan: DecodePlan,
+        tokens: Array,
+        table: Array,
+        *,
+        limit: int | None = None,
+        noise: Array | None = None,
+        watch: Any = None,
+    ) -> tuple[Array, int, int]:
+        def run() -> Any:
+            logits, rows = tf.constant(table), tf.constant(tokens, tf.int32)
+            room = tf.fill((rows.shape[0], plan.max_new_tokens), plan.pad_token_id)
+            buffer = tf.concat([rows, room], axis=1)
+            state = DecodeState(
+                tokens=buffer,
+                mask=tf.ones_like(buffer),
+                length=tf.constant(rows.shape[1]),
+                prompt_length=tf.constant(rows.shape[1]),
+                offset=tf.constant(0),
+                limit=tf.constant(plan.max_new_tokens if limit is None else limit),
+                finished=tf.zeros(rows.shape[0], tf.bool),
+                logits=tf.gather(logits, rows[:, -1]),
+                cache=tf.constant(0),  # counts the steps
+            )
+            return LOOPS[type(plan.strategy)](
+                plan,
+                state,
+                lambda tokens, cache, rows=None: StepOutput(
+                    tf.gather(logits, tokens), None, cache + 1
+                ),
+                None if noise is None else partial(tf.gather, tf.constant(noise)),
+                watch,
+            )
+
+        found = run() if watch is not None else tf.function(run, jit_compile=True)()
+        return found.tokens.numpy(), int(found.count), int(found.cache)
+
     def process(
         self,
         processors: Sequence[LogitsProcessor],
@@ -101,17 +148,29 @@ class TFBackend(Backend):
         mask: Array,
         length: int,
         prompt_length: int,
+        *,
+        offset: int = 0,
+        limit: int | None = None,
+        unconditional: Array | None = None,
+        chosen: Array | None = None,
+        compiled: bool = False,
     ) -> Array:
         state = DecodeState(
-            tokens=tf.constant(tokens),
-            mask=tf.constant(mask),
+            tokens=tf.constant(tokens, tf.int32),
+            mask=tf.constant(mask, tf.int32),
             length=tf.constant(length),
             prompt_length=tf.constant(prompt_length),
+            offset=tf.constant(offset),
+            limit=tf.constant(tokens.shape[1] - prompt_length if limit is None else limit),
             finished=tf.zeros(len(tokens), tf.bool),
             logits=tf.constant(scores),
             cache=None,
+            unconditional=None if unconditional is None else tf.constant(unconditional),
+            chosen=None if chosen is None else tf.constant(chosen, tf.int32),
         )
-        return process(tuple(processors), state.logits, state).numpy()
+        run = partial(process, tuple(processors))
+        run = tf.function(run, jit_compile=True, autograph=False) if compiled else run
+        return run(state.logits, state).numpy()
 
     def _class(self, base: bool) -> Any:
         return opt_tf.TFOPTModel if base else opt_tf.TFOPTForCausalLM

@@ -12,12 +12,14 @@ import torch
 
 import opt_torch
 from opt_core import GenerationConfig, OPTConfig
+from opt_core.generation.plan import DecodePlan
 from opt_core.generation.processors import LogitsProcessor
 from opt_core.params import param_table
 from opt_torch.activations import ACTIVATIONS
 from opt_torch.attention import KERNELS
+from opt_torch.generation.generate import LOOPS
 from opt_torch.generation.processors import APPLY, process
-from opt_torch.generation.state import DecodeState
+from opt_torch.generation.state import DecodeState, StepOutput
 from opt_torch.weights import canonical_arrays, find_parameter
 from tests.backends.base import Array, Backend, canonical_shapes, nested, read_output
 
@@ -87,6 +89,46 @@ class TorchBackend(Backend):
         options = {key: _tensor(value) for key, value in options.items()}
         return model.generate(_tensor(input_ids), **options).numpy()
 
+    def generate_output(
+        self, model: Any, input_ids: Array | None = None, **options: Any
+    ) -> dict[str, Any]:
+        options = {key: _tensor(value) for key, value in options.items()}
+        output = model.generate(_tensor(input_ids), return_dict_in_generate=True, **options)
+        return read_output(output, _numpy)
+
+    def decode(
+        self,
+        plan: DecodePlan,
+        tokens: Array,
+        table: Array,
+        *,
+        limit: int | None = None,
+        noise: Array | None = None,
+        watch: Any = None,
+    ) -> tuple[Array, int, int]:
+        logits, rows = torch.from_numpy(table), torch.from_numpy(tokens)
+        room = rows.new_full((len(rows), plan.max_new_tokens), plan.pad_token_id)
+        buffer = torch.cat([rows, room], dim=1)
+        state = DecodeState(
+            tokens=buffer,
+            mask=torch.ones_like(buffer),
+            length=rows.shape[1],
+            prompt_length=rows.shape[1],
+            offset=0,
+            limit=plan.max_new_tokens if limit is None else limit,
+            finished=torch.zeros(len(rows), dtype=torch.bool),
+            logits=logits[rows[:, -1]],
+            cache=0,  # counts the steps
+        )
+        found = LOOPS[type(plan.strategy)](
+            plan,
+            state,
+            lambda tokens, cache, rows=None: StepOutput(logits[tokens], None, cache + 1),
+            None if noise is None else torch.from_numpy(noise).__getitem__,
+            watch,
+        )
+        return found.tokens.numpy(), found.count, found.cache
+
     def process(
         self,
         processors: Sequence[LogitsProcessor],
@@ -95,15 +137,25 @@ class TorchBackend(Backend):
         mask: Array,
         length: int,
         prompt_length: int,
+        *,
+        offset: int = 0,
+        limit: int | None = None,
+        unconditional: Array | None = None,
+        chosen: Array | None = None,
+        compiled: bool = False,
     ) -> Array:
         state = DecodeState(
             tokens=torch.from_numpy(tokens),
             mask=torch.from_numpy(mask),
             length=length,
             prompt_length=prompt_length,
+            offset=offset,
+            limit=tokens.shape[1] - prompt_length if limit is None else limit,
             finished=torch.zeros(len(tokens), dtype=torch.bool),
             logits=torch.from_numpy(scores),
             cache=None,
+            unconditional=None if unconditional is None else torch.from_numpy(unconditional),
+            chosen=None if chosen is None else torch.from_numpy(chosen),
         )
         return process(tuple(processors), state.logits, state).numpy()
 

@@ -3,92 +3,264 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from opt_core import ConfigError, GenerationConfig, InputError, OPTConfig, UnsupportedError
-from opt_core.generation import processors as p
-from opt_core.generation.config import UNSUPPORTED
-from opt_core.generation.plan import GenerationMode, make_plan
-from opt_core.generation.prompts import check_prompts, infers_mask
-from tests.cases import GOLDEN
+from opt_core import (
+    GenerationConfig,
+    InputError,
+    OPTConfig,
+    PhrasalConstraint,
+    UnsupportedError,
+)
+from opt_core.generation import strategies as s
+from opt_core.generation.hooks import Hooks
+from opt_core.generation.plan import BUCKET, PromptLengths, make_plan
 
 MODEL = OPTConfig(vocab_size=30, hidden_size=8, num_attention_heads=2, max_position_embeddings=20)
 OPTIONS = GenerationConfig(pad_token_id=1, bos_token_id=2, eos_token_id=2)
 
 
-def plan(prompt_length: int = 5, **options: Any) -> Any:
-    return make_plan(OPTIONS.replace(**options), MODEL, prompt_length)
+def plan(prompt_length: int = 5, hooks: dict[str, Any] | None = None, **options: Any) -> Any:
+    return make_plan(OPTIONS.replace(**options), MODEL, prompt_length, Hooks(**(hooks or {})))
 
 
 def test_defaults() -> None:
     found = plan()
-    assert found.mode is GenerationMode.GREEDY
+    assert found.strategy == s.Search()
     assert found.processors == ()
     assert (found.prompt_length, found.max_new_tokens, found.capacity) == (5, 15, 19)
     assert (found.eos_token_ids, found.pad_token_id, found.num_return_sequences) == ((2,), 1, 1)
+    assert not (found.is_guided or found.needs_host or found.is_padded or found.past_length)
 
 
 def test_a_plan_is_a_key() -> None:
     """The static argument of a compiled loop: equal plans share one compilation."""
-    first, second = plan(temperature=0.5, do_sample=True), plan(temperature=0.5, do_sample=True)
+    options = {"do_sample": True, "temperature": 0.5, "sequence_bias": {(3, 4): 1.0}}
+    first, second = plan(**options), plan(**options)
     assert first == second and hash(first) == hash(second)
-    assert first != plan(temperature=0.6, do_sample=True)
+    assert first != plan(**{**options, "temperature": 0.6})
     with pytest.raises(AttributeError):
         first.max_new_tokens = 3
 
 
-def test_the_order_of_processors_is_the_references() -> None:
-    with np.load(GOLDEN / "processors.npz") as file:
-        order = file["order"].tolist()
-    found = plan(
-        3,
-        do_sample=True,
-        temperature=0.5,
-        top_k=3,
-        top_p=0.9,
-        repetition_penalty=1.5,
-        min_length=5,
-        min_new_tokens=3,
-    ).processors
-    assert found == (
-        p.RepetitionPenalty(1.5),
-        p.MinLength(5, (2,)),
-        p.MinNewTokens(3, (2,)),
-        p.Temperature(0.5),
-        p.TopK(3),
-        p.TopP(0.9),
-    )
-    endings = ("LogitsProcessor", "LengthLogitsProcessor", "LogitsWarper")
-    for processor, name in zip(found, order, strict=True):
-        assert name in [type(processor).__name__ + end for end in endings]
-    assert tuple(type(processor) for processor in found) == p.PROCESSORS
+# --- strategies -----------------------------------------------------------------------------------
+
+BEAMS = {"num_beams": 4}
+WORD = PhrasalConstraint([3, 4])
+ASSISTANT = {"assistant_model": object()}
+STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any], s.Strategy]] = {
+    "greedy": ({}, {}, s.Search()),
+    "top_k alone": ({"top_k": 50}, {}, s.Search()),
+    "sample": ({"do_sample": True, "num_return_sequences": 3}, {}, s.Search(3, True)),
+    "beams": (
+        {**BEAMS, "num_return_sequences": 4, "length_penalty": 2, "early_stopping": "never"},
+        {},
+        s.BeamSearch(4, length_penalty=2.0, early_stopping="never"),
+    ),
+    "beam sampling": ({**BEAMS, "do_sample": True}, {}, s.BeamSearch(4, True)),
+    "beams beat contrast": ({**BEAMS, "penalty_alpha": 0.6, "top_k": 4}, {}, s.BeamSearch(4)),
+    "groups": (
+        {**BEAMS, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {},
+        s.BeamSearch(4, num_groups=2),
+    ),
+    "words": (
+        {**BEAMS, "force_words_ids": [[3, 4], [[5], [6, 7]]]},
+        {},
+        s.ConstrainedBeamSearch(4),
+    ),
+    "constraints": (BEAMS, {"constraints": [WORD]}, s.ConstrainedBeamSearch(4)),
+    "contrastive": ({"penalty_alpha": 0.6, "top_k": 4}, {}, s.ContrastiveSearch(1, False, 4, 0.6)),
+    "low memory": (
+        {"penalty_alpha": 0.5, "top_k": 6, "low_memory": True},
+        {},
+        s.ContrastiveSearch(1, False, 6, 0.5, True),
+    ),
+    "no contrast": ({"penalty_alpha": 0.0, "top_k": 4}, {}, s.Search()),
+    "no contrast in one": ({"penalty_alpha": 0.6, "top_k": 1}, {}, s.Search()),
+    "no contrast in samples": (
+        {"penalty_alpha": 0.6, "top_k": 4, "do_sample": True},
+        {},
+        s.Search(do_sample=True),
+    ),
+    "assisted": ({"num_assistant_tokens": 7}, ASSISTANT, s.AssistedSearch(num_tokens=7)),
+    "assisted sampling": (
+        {"do_sample": True, "num_assistant_tokens_schedule": "constant"},
+        ASSISTANT,
+        s.AssistedSearch(1, True, 5, True),
+    ),
+    "lookup": (
+        {"prompt_lookup_num_tokens": 3},
+        {},
+        s.AssistedSearch(num_tokens=3, constant=True, lookup_size=2),
+    ),
+    "long lookup": (
+        {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 4},
+        {},
+        s.AssistedSearch(num_tokens=3, constant=True, lookup_size=4),
+    ),
+}
 
 
-def test_options_that_say_nothing_make_no_processor() -> None:
-    neutral = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    assert plan(do_sample=True, **neutral).processors == ()
-    assert plan(do_sample=True, top_k=None, top_p=None).processors == ()
-    assert plan(do_sample=True).processors == (p.TopK(30),)  # 50 by default, 30 in the vocabulary
-    assert plan(min_length=5).processors == ()  # the prompt is as long
-    assert plan(min_length=6, eos_token_id=None).processors == ()
+@pytest.mark.filterwarnings("ignore:.*has no effect without")
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies(name: str) -> None:
+    options, hooks, expected = STRATEGIES[name]
+    found = plan(hooks=hooks, **options)
+    if isinstance(found.strategy, s.ConstrainedBeamSearch):
+        assert found.strategy.constraints
+        expected = replace(expected, constraints=found.strategy.constraints)
+    assert found.strategy == expected
+    assert found.needs_host == isinstance(expected, s.ConstrainedBeamSearch | s.AssistedSearch)
 
 
-def test_sampling_options_do_nothing_to_greedy_decoding_and_say_so() -> None:
-    for options in ({"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.5}):
-        with pytest.warns(UserWarning, match="has no effect without do_sample=True"):
-            assert plan(**options).processors == ()
+def test_every_strategy_is_among_them() -> None:
+    assert {type(row[2]) for row in STRATEGIES.values()} == set(s.STRATEGIES)
 
 
-def test_lengths_that_cannot_be_reached() -> None:
-    with pytest.raises(InputError, match=r"min_length=9 cannot be reached.* end at 8"):
-        plan(min_length=9, max_length=8)
-    with pytest.raises(InputError, match=r"min_new_tokens=4 is more than the 3 tokens"):
-        plan(min_new_tokens=4, max_new_tokens=3)
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "words without beams": ({"force_words_ids": [[3]]}, {}, "need num_beams above 1"),
+    "constraints without beams": ({}, {"constraints": [WORD]}, "need num_beams above 1"),
+    "words and samples": (
+        {**BEAMS, "force_words_ids": [[3]], "do_sample": True},
+        {},
+        "constrained-beam search cannot sample",
+    ),
+    "words and groups": (
+        {**BEAMS, "force_words_ids": [[3]], "num_beam_groups": 2, "diversity_penalty": 1.0},
+        {},
+        "ask for constrained-beam and for group-beam decoding at once",
+    ),
+    "groups and samples": (
+        {**BEAMS, "num_beam_groups": 2, "diversity_penalty": 1.0, "do_sample": True},
+        {},
+        "group-beam search cannot sample",
+    ),
+    "uneven groups": (
+        {**BEAMS, "num_beam_groups": 3, "diversity_penalty": 1.0},
+        {},
+        "num_beams=4 cannot be divided into num_beam_groups=3",
+    ),
+    "equal groups": ({**BEAMS, "num_beam_groups": 2}, {}, "needs a diversity_penalty above 0"),
+    "diversity of nothing": ({**BEAMS, "diversity_penalty": 1.0}, {}, "between groups of beams"),
+    "assistant and beams": (BEAMS, ASSISTANT, "assisted decoding has no beams"),
+    "lookup and beams": (
+        {**BEAMS, "prompt_lookup_num_tokens": 3},
+        {},
+        "prompt-lookup decoding has no beams",
+    ),
+    "assistant and lookup": (
+        {"prompt_lookup_num_tokens": 3},
+        ASSISTANT,
+        "for assisted and for prompt-lookup decoding at once",
+    ),
+    "assistant and contrast": (
+        {"penalty_alpha": 0.6, "top_k": 4},
+        ASSISTANT,
+        "for contrastive and for assisted decoding at once",
+    ),
+    "more than the beams": (
+        {**BEAMS, "num_return_sequences": 5},
+        {},
+        "num_return_sequences=5 needs do_sample=True or as many beams",
+    ),
+    "copies of greedy": (
+        {"num_return_sequences": 2},
+        {},
+        "greedy decoding with num_beams=1 finds 1",
+    ),
+    "decay without an end": (
+        {"exponential_decay_length_penalty": [2, 1.5], "eos_token_id": None},
+        {},
+        "needs an eos_token_id",
+    ),
+    "cold": ({"do_sample": True, "temperature": 0.0}, {}, "sampling needs at least"),
+    "streamed beams": (BEAMS, {"streamer": object()}, "streamer cannot follow beams"),
+    "stop strings": ({"stop_strings": "x"}, {}, "stop_strings needs the tokenizer"),
+    "no function": ({}, {"logits_processor": [3]}, r"logits_processor\[0\]: expected a function"),
+    "no list": (
+        {},
+        {"stopping_criteria": len},
+        "stopping_criteria: expected a list, found builtin",
+    ),
+    "min_length": ({"min_length": 9, "max_length": 8}, {}, "min_length=9 cannot be .* end at 8"),
+    "min_new_tokens": (
+        {"min_new_tokens": 4, "max_new_tokens": 3},
+        {},
+        "min_new_tokens=4 is more than the 3 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictions_are_refused(name: str) -> None:
+    options, hooks, message = CONTRADICTIONS[name]
+    with pytest.raises(InputError, match=message):
+        plan(hooks=hooks, **options)
+
+
+# --- warnings -------------------------------------------------------------------------------------
+
+UNUSED = {
+    "do_sample=True": {
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.5,
+        "min_p": 0.1,
+        "typical_p": 0.5,
+        "epsilon_cutoff": 0.1,
+        "eta_cutoff": 0.1,
+    },
+    "num_beams above 1": {
+        "early_stopping": True,
+        "length_penalty": 2.0,
+        "num_beam_groups": 2,
+        "diversity_penalty": 1.0,
+    },
+    "contrastive search": {"penalty_alpha": 0.6, "low_memory": True},
+    "an assistant_model": {
+        "num_assistant_tokens": 3,
+        "num_assistant_tokens_schedule": "constant",
+    },
+    "prompt_lookup_num_tokens": {"max_matching_ngram_size": 3},
+    "return_dict_in_generate=True": {
+        "output_scores": True,
+        "output_logits": True,
+        "output_attentions": True,
+        "output_hidden_states": True,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "purpose"),
+    [(name, value, purpose) for purpose, row in UNUSED.items() for name, value in row.items()],
+)
+def test_options_without_effect_say_so(name: str, value: Any, purpose: str) -> None:
+    options = {"top_k": 1, "do_sample": True} if name == "penalty_alpha" else {}
+    with pytest.warns(UserWarning, match=f"{name}={value} has no effect without {purpose}"):
+        found = plan(**{name: value}, **options)
+    assert found == plan(**options)
+
+
+def test_options_with_an_effect_do_not() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(penalty_alpha=0.6, top_k=4, low_memory=True)
+        groups = {"num_beams": 6, "num_beam_groups": 3, "diversity_penalty": 0.5}
+        plan(**groups, early_stopping=True, length_penalty=0.5)
+        plan(do_sample=True, **UNUSED["do_sample=True"])
+        plan(hooks=ASSISTANT, **UNUSED["an assistant_model"])
+        plan(prompt_lookup_num_tokens=3, max_matching_ngram_size=3)
+        plan(return_dict_in_generate=True, **UNUSED["return_dict_in_generate=True"])
+
+
+# --- lengths and ids ------------------------------------------------------------------------------
 
 
 def test_lengths() -> None:
@@ -101,49 +273,65 @@ def test_lengths() -> None:
         plan(max_length=5)
 
 
+def test_lengths_of_padded_prompts_and_of_embeddings() -> None:
+    """max_length counts columns, positions count real tokens, embeddings alone count nothing."""
+    padded = make_plan(OPTIONS, MODEL, PromptLengths(9, 9, 4, is_padded=True))
+    assert (padded.prompt_length, padded.max_new_tokens, padded.is_padded) == (9, 11, True)
+    wide = OPTIONS.replace(max_new_tokens=17)
+    assert make_plan(wide, MODEL, PromptLengths(9, 9, 4, is_padded=True)).capacity == 25
+    embeds = make_plan(OPTIONS.replace(max_length=8), MODEL, PromptLengths(9, 0, 9))
+    assert (embeds.prompt_length, embeds.max_new_tokens) == (9, 8)
+
+
+def test_buckets() -> None:
+    found = make_plan(OPTIONS, MODEL, PromptLengths(9, 9, 9, past=4)).bucketed()
+    assert (found.prompt_length, found.max_new_tokens) == (BUCKET, BUCKET)
+    assert found.past_length == BUCKET - 5 and found.is_padded
+    assert plan(7, max_new_tokens=3).bucketed() == plan(2, max_new_tokens=9).bucketed()
+    assert plan().bucketed().past_length == 0
+
+
 def test_ends() -> None:
     assert plan(eos_token_id=[2, 7]).eos_token_ids == (2, 7)
     assert plan(eos_token_id=None).eos_token_ids == ()
     assert plan(eos_token_id=None, pad_token_id=None).pad_token_id == 0
     with pytest.warns(UserWarning, match="pad_token_id is not set: .* filled with 7"):
         assert plan(eos_token_id=(7, 2), pad_token_id=None).pad_token_id == 7
-    for wrong in (30, -1):
-        with pytest.raises(InputError, match=f"eos_token_id={wrong} lies outside"):
-            plan(eos_token_id=wrong)
 
 
-def test_copies_need_sampling() -> None:
-    assert plan(do_sample=True, num_return_sequences=3).num_return_sequences == 3
-    with pytest.raises(InputError, match="num_return_sequences=2 needs do_sample=True"):
-        plan(num_return_sequences=2)
-
-
-OTHER: dict[str, Any] = {
-    "num_beams": 4,
-    "num_beam_groups": 2,
-    "penalty_alpha": 0.6,
-    "no_repeat_ngram_size": 2,
-    "bad_words_ids": [[3]],
-    "typical_p": 0.5,
-    "forced_eos_token_id": 2,
-    "return_dict_in_generate": True,
-    "output_scores": True,
-    "max_time": 3.0,
+OUTSIDE: dict[str, Callable[[int], Any]] = {
+    "eos_token_id": lambda token: token,
+    "pad_token_id": lambda token: token,
+    "forced_bos_token_id": lambda token: token,
+    "forced_eos_token_id": lambda token: [3, token],
+    "suppress_tokens": lambda token: [token],
+    "begin_suppress_tokens": lambda token: [3, token],
+    "forced_decoder_ids": lambda token: [[6, token]],
+    "bad_words_ids": lambda token: [[3], [4, token]],
+    "sequence_bias": lambda token: {(3, token): 1.0},
+    "force_words_ids": lambda token: [[3], [[4], [5, token]]],
 }
 
 
-@pytest.mark.parametrize("name", OTHER)
-def test_what_is_not_there_yet_is_refused(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"{name}=.* is not supported in this release"):
-        plan(**{name: OTHER[name]})
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_ids_outside_the_vocabulary_are_refused(name: str) -> None:
+    options = {"num_beams": 2} if name == "force_words_ids" else {}
+    plan(**{name: OUTSIDE[name](29)}, **options)
+    with pytest.raises(InputError, match="30 lies outside the vocabulary of 30 tokens"):
+        plan(**{name: OUTSIDE[name](30)}, **options)
 
 
-def test_what_is_not_there_may_say_nothing() -> None:
-    assert plan(**UNSUPPORTED) == plan()
-    assert plan(**dict.fromkeys(UNSUPPORTED)) == plan()  # None, as some callers write
-    assert (
-        plan(bad_words_ids=[], use_cache=False, length_penalty=0.6, early_stopping=True) == plan()
-    )
+def test_negative_ids_are_refused() -> None:
+    for name in ("eos_token_id", "pad_token_id"):
+        with pytest.raises(InputError, match=f"{name}=-1 lies outside"):
+            plan(**{name: -1})
+
+
+def test_options_of_encoders_are_refused_unless_they_say_nothing() -> None:
+    with pytest.raises(UnsupportedError, match="encoder_no_repeat_ngram_size=2 is for models with"):
+        plan(encoder_no_repeat_ngram_size=2)
+    neutral = {"encoder_no_repeat_ngram_size": 0, "decoder_start_token_id": 3, "use_cache": False}
+    assert plan(**neutral) == plan()
 
 
 def test_options_of_an_old_config_are_not_forgotten() -> None:
@@ -151,110 +339,4 @@ def test_options_of_an_old_config_are_not_forgotten() -> None:
     config = OPTConfig(num_beams=4, temperature=None, max_length=33)
     options = GenerationConfig.from_model_config(config)
     assert (options.max_length, options.temperature) == (33, 1.0)
-    with pytest.raises(UnsupportedError, match="num_beams=4"):
-        make_plan(options, config, 5)
-
-
-def test_none_says_the_default() -> None:
-    assert OPTIONS.replace(max_length=None, temperature=None).max_length == 20
-
-
-def test_a_pad_outside_the_vocabulary_is_refused() -> None:
-    for pad in (-1, 30):
-        with pytest.raises(InputError, match=f"pad_token_id={pad} lies outside the vocabulary"):
-            plan(pad_token_id=pad)
-
-
-def test_sampling_needs_a_temperature() -> None:
-    with pytest.raises(InputError, match="sampling needs at least"):
-        plan(do_sample=True, temperature=0.0)
-
-
-def test_an_unknown_option_names_the_nearest() -> None:
-    with pytest.raises(InputError, match="no option 'num_beam'.*'num_beams'"):
-        plan(num_beam=2)
-    with pytest.raises(InputError, match="no option 'temprature'.*'temperature'"):
-        plan(temprature=2)
-    with pytest.raises(InputError, match=r"no option 'xyz'\.$"):
-        plan(xyz=2)
-
-
-INVALID: dict[str, tuple[Any, ...]] = {
-    "temperature": (-1.0, float("inf"), float("nan"), "hot"),
-    "top_k": (-1, 1.5, True),
-    "top_p": (-0.1, 1.1),
-    "repetition_penalty": (0.0, float("inf")),
-    "max_length": (0,),
-    "max_new_tokens": (0, -3, 2.0),
-    "min_length": (-1,),
-    "min_new_tokens": (-1,),
-    "num_return_sequences": (0,),
-}
-
-
-@pytest.mark.parametrize("name", INVALID)
-def test_values_out_of_range(name: str) -> None:
-    for value in INVALID[name]:
-        with pytest.raises(ConfigError, match=f"{name}: expected a .*found"):
-            OPTIONS.replace(**{name: value})
-
-
-# --- GenerationConfig -----------------------------------------------------------------------------
-
-
-def test_replace_makes_a_copy() -> None:
-    assert OPTIONS.replace(max_length=7).max_length == 7
-    assert OPTIONS.max_length == 20
-
-
-def test_json_there_and_back(tmp_path: Path) -> None:
-    values = {"max_new_tokens": 5, "eos_token_id": [2, 3], "_from_model_config": True, "foo": 1}
-    config = GenerationConfig.from_dict(values)
-    assert config.eos_token_ids == (2, 3)
-    config.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "generation_config.json").read_text())
-    assert {key: written[key] for key in values} == values
-    assert GenerationConfig.from_json_file(tmp_path / "generation_config.json") == config
-
-
-def test_the_references_file() -> None:
-    path = GOLDEN / "cases" / "pre_norm" / "generation_config.json"
-    config = GenerationConfig.from_json_file(path)
-    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (1, 2, 2)
-    assert make_plan(config, MODEL, 3).eos_token_ids == (2,)
-
-
-def test_defaults_of_a_model_without_a_file() -> None:
-    model = MODEL.replace(eos_token_id=[2, 5], pad_token_id=3, max_length=9, do_sample=True)
-    config = GenerationConfig.from_model_config(model)
-    assert (config.pad_token_id, config.eos_token_ids) == (3, (2, 5))
-    assert (config.max_length, config.do_sample) == (9, True)  # as old config.json files have it
-
-
-# --- prompts --------------------------------------------------------------------------------------
-
-
-def test_a_mask_is_told_by_pads_that_are_no_ends() -> None:
-    assert infers_mask(OPTIONS)
-    assert not infers_mask(OPTIONS.replace(pad_token_id=2))
-    assert not infers_mask(OPTIONS.replace(pad_token_id=None))
-    assert not infers_mask(OPTIONS.replace(eos_token_id=(2, 1)))
-
-
-IDS = np.array([[5, 6], [7, 8]])
-
-
-@pytest.mark.parametrize(
-    ("ids", "mask", "message"),
-    [
-        (IDS, np.ones((2, 3), int), r"expected the shape of input_ids, \(2, 2\), found \(2, 3\)"),
-        (IDS, np.array([[1, 1], [0, 2]]), "1 at real tokens and 0 at pads"),
-        (IDS, np.array([[1, 1], [0, 0]]), "Row 1 .* all padding"),
-        (IDS + 23, np.ones((2, 2), int), "token id 31, .* ids 0 to 29"),
-        (IDS - 6, np.ones((2, 2), int), "token id -1"),
-    ],
-)
-def test_prompts_that_do_not_fit(ids: Any, mask: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        check_prompts(ids, mask, MODEL)
-    check_prompts(IDS, np.array([[1, 1], [0, 1]]), MODEL)
+    assert make_plan(options, config, 5).strategy == s.BeamSearch(4)

@@ -13,7 +13,7 @@ import pytest
 from opt_core import InputError
 from opt_flax import FlaxOPTForCausalLM, KVCache
 from opt_flax.attention import KERNELS
-from opt_flax.generation.generate import run
+from opt_flax.generation.generate import compiled_run
 from tests.cases import GOLDEN
 
 CASES = ("post_norm", "untied_gelu")
@@ -112,11 +112,23 @@ def test_init_cache_draws_nothing(model):
 
 def test_a_second_generate_compiles_nothing(model, ids):
     first = model.generate(ids, max_new_tokens=4, eos_token_id=None).sequences
-    compiled = run._cache_size()
+    compiled = compiled_run._cache_size()
     twin = FlaxOPTForCausalLM(model.config, _do_init=False)
     second = twin.generate(ids, params=model.params, max_new_tokens=4, eos_token_id=None).sequences
-    assert run._cache_size() == compiled
+    assert compiled_run._cache_size() == compiled
     assert first.dtype == jnp.int32 and (first == second).all()
+
+
+def test_lengths_and_paddings_share_a_compilation(model):
+    """Prompt lengths and numbers of new tokens in the same buckets, padded on either side or not."""
+    row = list(range(3, 13))
+    counts = set()
+    for length, count in ((2, 3), (5, 3), (9, 4), (9, 17)):
+        for pads in ((0, 0), (1, 0), (0, 1)):
+            prompt = [[1] * pads[0] + row[:length] + [1] * pads[1]]
+            model.generate(prompt, max_new_tokens=count, eos_token_id=None)
+            counts.add(compiled_run._cache_size())
+    assert len(counts) == 1
 
 
 def test_generate_inside_another_jit(model, ids):

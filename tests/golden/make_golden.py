@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from golden_extras import record_activations, record_processors
+from golden_extras import record_activations
 from golden_generation import BATCH, LENGTH, PAD, Arrays, generations, tensors
+from golden_processors import record_processors
 from transformers import OPTConfig, OPTForCausalLM
 
 BASE: dict[str, Any] = {

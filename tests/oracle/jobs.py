@@ -47,12 +47,16 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One forward call, and greedy decoding of `new_tokens` where that is not 0."""
+    """One forward call, and greedy decoding of `new_tokens` where that is not 0.
+
+    Or, with options of `generate`, nothing but what they give.
+    """
 
     checkpoint: str
     inputs: str  # input_ids and attention_mask, both [B, T]
     new_tokens: int = 0
     dtype: str = "float32"
+    options: dict[str, Any] | None = None
 
 
 def peer_python(name: str) -> Path:

@@ -16,6 +16,10 @@ def main(framework: str, folder: Path) -> None:
     for index, job in enumerate(json.loads((folder / "jobs.json").read_text())):
         inputs = dict(np.load(job["inputs"]))
         model = backend.load(job["checkpoint"], dtype=job["dtype"])
+        if job["options"] is not None:
+            found = backend.generate(model, **inputs, **job["options"])
+            np.savez(folder / f"{index}.npz", new=found[:, inputs["input_ids"].shape[1] :])
+            continue
         result = {"logits": backend.forward(model, **inputs)["logits"]}
         if job["new_tokens"]:
             options = {"max_new_tokens": job["new_tokens"], "eos_token_id": None}

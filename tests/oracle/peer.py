@@ -20,12 +20,52 @@ def greedy(model: Any, job: dict[str, Any]) -> dict[str, Any]:
     return {"max_new_tokens": job["new_tokens"], "do_sample": False}
 
 
+SHIFT, SHIFTED_MODELS = 1e-4, 2
+
+
+def generate_pt(
+    model: Any, job: dict[str, Any], ids: np.ndarray, mask: np.ndarray
+) -> dict[str, Any]:
+    """The new tokens of each row by itself, `row/0` [R, any] ..., and whether they are well determined.
+
+    `stable` says whether models whose weights differ a little give the same.
+    """
+    import torch
+    from transformers import GenerationConfig, OPTForCausalLM
+
+    options = {key: value for key, value in job["options"].items() if value is not None}
+    if "sequence_bias" in options:
+        options["sequence_bias"] = {tuple(ids): bias for ids, bias in options["sequence_bias"]}
+    config = GenerationConfig(bos_token_id=2, **options)
+
+    def rows(model: Any) -> list[np.ndarray]:
+        found = []
+        for row, real in zip(ids, mask, strict=True):
+            prompt = torch.from_numpy(row[None, real == 1])
+            sequences = model.generate(prompt, generation_config=config)
+            found.append(sequences[:, prompt.shape[1] :].numpy())
+        return found
+
+    result, stable = rows(model), True
+    for seed in range(SHIFTED_MODELS):
+        generator = torch.Generator().manual_seed(seed)
+        other = OPTForCausalLM(model.config).eval()
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            for weight in other.parameters():
+                weight.mul_(1 + SHIFT * torch.randn(weight.shape, generator=generator))
+        stable &= all(map(np.array_equal, result, rows(other)))
+    return {"stable": stable, **{f"row/{index}": new for index, new in enumerate(result)}}
+
+
 def run_pt(job: dict[str, Any], ids: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
     import torch
     from transformers import OPTForCausalLM
 
     dtype = getattr(torch, job["dtype"])
     model = OPTForCausalLM.from_pretrained(job["checkpoint"], torch_dtype=dtype).eval()
+    if job["options"] is not None:
+        return generate_pt(model, job, ids, mask)
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
     with torch.no_grad():
         result = {"logits": model(**inputs).logits.float().numpy()}

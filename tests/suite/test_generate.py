@@ -11,10 +11,9 @@ import pytest
 from opt_core import ConfigError, InputError, OPTError, UnsupportedError
 from tests.backends.base import Array, Backend
 from tests.cases import CASES, case
-from tests.reference.model import forward, softmax
 
 SETTINGS = ("greedy", "eos", "eos_list", "min_length", "min_new_tokens", "repetition_penalty")
-BATCH, LENGTH, STEPS, COPIES = 3, 7, 5, 2
+BATCH, LENGTH = 3, 7
 PAD = 1
 
 
@@ -131,104 +130,41 @@ def test_fills_the_position_table_to_the_brim(backend: Backend, models: Any) -> 
     assert found[0, 7:23].tolist() == alone("pre_norm", "greedy", 1)
 
 
-# --- sampling -------------------------------------------------------------------------------------
-
-SAMPLINGS: dict[str, dict[str, Any]] = {
-    "plain": {"top_k": 0},
-    "temperature": {"top_k": None, "temperature": 1.7},
-    "top_k": {"top_k": 3},
-    "top_p": {"top_k": 0, "top_p": 0.6},
-    "all": {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.4},
-}
-
-
-def simulate(name: str, ids: list[int], noise: Array, settings: dict[str, Any]) -> list[int]:
-    """Sampling of one unpadded row by the float64 specification: argmax(scores + noise)."""
-    golden, tokens = case(name), list(ids)
-    for step in range(len(noise)):
-        scores = forward(golden.config, golden.weights, np.array([tokens]))["logits"][0, -1]
-        seen, penalty = np.unique(tokens), settings.get("repetition_penalty", 1.0)
-        scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
-        scores = scores / settings.get("temperature", 1.0)
-        if settings.get("top_k"):
-            scores[scores < np.sort(scores)[-settings["top_k"]]] = -np.inf
-        order = np.argsort(scores)
-        before = 1.0 - np.cumsum(softmax(scores)[order])  # the probability of all likelier ones
-        drop = order[before >= settings.get("top_p", 1.0)]
-        scores[drop] = -np.inf
-        tokens.append(int(np.argmax(scores + noise[step])))
-    return tokens[len(ids) :]
-
-
-def gumbel(shape: tuple[int, ...], seed: int = 0) -> Array:
-    return np.random.default_rng(seed).gumbel(size=shape).astype(np.float32)
-
-
-@pytest.mark.parametrize("setting", SAMPLINGS)
-@pytest.mark.parametrize("name", ["post_norm", "untied_gelu"])
-def test_given_noise_gives_these_tokens(
-    backend: Backend, models: Any, name: str, setting: str
-) -> None:
-    """Two samples of each of three left-padded rows equal a numpy simulation of each row alone."""
-    settings = SAMPLINGS[setting]
-    noise = gumbel((STEPS, BATCH * COPIES, case(name).config.vocab_size))
-    found = backend.generate(
-        models(name),
-        **prompt(name, "left"),
-        do_sample=True,
-        num_return_sequences=COPIES,
-        max_new_tokens=STEPS,
-        eos_token_id=None,
-        noise=noise,
-        **settings,
-    )
-    assert found.shape == (BATCH * COPIES, LENGTH + STEPS)
-    for row in range(BATCH):
-        ids = prompt(name, f"alone/{row}")["input_ids"][0].tolist()
-        for copy in range(row * COPIES, row * COPIES + COPIES):
-            expected = simulate(name, ids, noise[:, copy], settings)
-            assert found[copy, LENGTH:].tolist() == expected, f"row {row}, sample {copy}"
-
-
-def test_a_seed_says_which_tokens(backend: Backend, models: Any) -> None:
-    batch = prompt("post_norm", "left")
-    settings = {"do_sample": True, "max_new_tokens": 16, "temperature": 2.0, "eos_token_id": None}
-
-    def sample(seed: int) -> list[list[int]]:
-        return backend.generate(models("post_norm"), **batch, seed=seed, **settings).tolist()
-
-    assert sample(3) == sample(3)
-    assert sample(3) != sample(4)
-
-
-def test_samples_of_one_prompt_differ(backend: Backend, models: Any) -> None:
-    ids = prompt("post_norm", "alone/1")["input_ids"]
-    settings = {"do_sample": True, "max_new_tokens": 12, "temperature": 2.0, "eos_token_id": None}
-    found = backend.generate(models("post_norm"), ids, num_return_sequences=4, seed=0, **settings)
-    assert len({tuple(row) for row in found.tolist()}) == 4
-
-
-def test_sampling_follows_the_distribution(backend: Backend, models: Any) -> None:
-    """The next token's frequencies among 4,000 samples, against the softmax of its logits."""
-    ids = np.array([[5, 6]])
-    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 1, "eos_token_id": None}
-    found = backend.generate(models("no_bias"), ids, num_return_sequences=4000, seed=1, **settings)[
-        :, -1
-    ]
-    golden = case("no_bias")
-    expected = softmax(forward(golden.config, golden.weights, ids)["logits"][0, -1])
-    counts = np.bincount(found, minlength=len(expected)) / len(found)
-    # Five standard deviations of a binomial share, of the likeliest and so of every token.
-    assert np.abs(counts - expected).max() < 5 * np.sqrt(0.25 / len(found))
-    assert abs(counts[expected.argmax()] - expected.max()) < 0.05
-
-
 # --- what cannot be done --------------------------------------------------------------------------
 
 IDS = np.array([[5, 6, 7]])
 ERRORS: dict[str, tuple[Any, dict[str, Any], type[OPTError], str]] = {
     "unknown option": (IDS, {"max_new_token": 3}, InputError, "Did you mean 'max_new_tokens'"),
-    "beams": (IDS, {"num_beams": 4}, UnsupportedError, "num_beams=4 is not supported"),
+    "an encoder's": (IDS, {"encoder_no_repeat_ngram_size": 2}, UnsupportedError, "an encoder"),
+    "words without beams": (IDS, {"force_words_ids": [[5]]}, InputError, "need num_beams above 1"),
+    "uneven groups": (
+        IDS,
+        {"num_beams": 4, "num_beam_groups": 3, "diversity_penalty": 1.0},
+        InputError,
+        "cannot be divided",
+    ),
+    "streamed beams": (
+        IDS,
+        {"num_beams": 2, "streamer": object()},
+        InputError,
+        "streamer cannot follow beams",
+    ),
+    "no function": (IDS, {"logits_processor": [3]}, InputError, "expected a function"),
+    "no tokenizer": (IDS, {"stop_strings": "x"}, InputError, "needs the tokenizer"),
+    "large bad word": (IDS, {"bad_words_ids": [[103]]}, InputError, "103 lies outside"),
+    "negatives alone": (IDS, {"negative_prompt_ids": IDS}, InputError, "needs a guidance_scale"),
+    "embeddings": (
+        None,
+        {"inputs_embeds": np.zeros((1, 2, 5), np.float32)},
+        InputError,
+        "word_embed_proj_dim=24",
+    ),
+    "seed and noise": (
+        IDS,
+        {"do_sample": True, "seed": 3, "noise": np.zeros((17, 1, 103), np.float32)},
+        InputError,
+        "seed or noise, not both",
+    ),
     "copies of greedy": (IDS, {"num_return_sequences": 2}, InputError, "needs do_sample=True"),
     "temperature": (IDS, {"temperature": -1.0}, ConfigError, "temperature: expected a number"),
     "pad": (IDS, {"pad_token_id": 103}, InputError, "pad_token_id=103 lies outside"),

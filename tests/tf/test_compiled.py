@@ -8,11 +8,8 @@ import pytest
 import tensorflow as tf
 
 from opt_core import OPTConfig
-from opt_core.generation.plan import DecodePlan, GenerationMode
+from opt_core.generation.plan import BUCKET
 from opt_tf import KVCache, TFOPTForCausalLM
-from opt_tf.generation.decode import decode
-from opt_tf.generation.generate import BUCKET
-from opt_tf.generation.state import DecodeState
 from tests.tolerances import assert_close
 
 jits = pytest.mark.parametrize("jit_compile", [False, True])
@@ -126,13 +123,28 @@ def test_gradients_in_eager_graph_and_xla(model, inputs):
             assert np.abs(found - expected).max() <= 1e-4 * scale, weight.path
 
 
-def test_prompt_lengths_share_a_compilation(model):
+def traces(model):
+    """How often each compiled function of `generate` was traced."""
+    return [function.experimental_get_tracing_count() for function in model.compiled.values()]
+
+
+def test_lengths_and_paddings_share_a_compilation(model):
+    """Prompt lengths and numbers of new tokens in the same buckets, padded on either side or not."""
     row = list(range(3, 13))
-    for length in (2, 5, 9):
-        model.generate([row[:length]], max_new_tokens=3, eos_token_id=None)
-    assert len(model.compiled_plans) == 1
-    (function,) = model.compiled_plans.values()
-    assert function.experimental_get_tracing_count() == 1
+    for length, count in ((2, 3), (5, 3), (9, 4), (9, 17)):
+        for pads in ((0, 0), (1, 0), (0, 1)):
+            ids = [[1] * pads[0] + row[:length] + [1] * pads[1]]
+            model.generate(ids, max_new_tokens=count, eos_token_id=None)
+    assert traces(model) == [1]
+
+
+def test_steps_that_someone_watches_share_two_compilations(model):
+    """One of the prompts, one of a token; where the loop runs on the host."""
+    for length, count in ((2, 3), (5, 4)):
+        ids = [list(range(3, 3 + length))]
+        options = {"stopping_criteria": [lambda tokens, scores: False], "eos_token_id": None}
+        model.generate(ids, max_new_tokens=count, **options)
+    assert sum(traces(model)) == 2
 
 
 def test_prompts_longer_than_the_room_for_their_bucket(golden):
@@ -143,29 +155,3 @@ def test_prompts_longer_than_the_room_for_their_bucket(golden):
     model = TFOPTForCausalLM.from_pretrained(golden.folder)
     ids = np.arange(size - 1)[None] % 90 + 3
     assert model.generate(ids, max_new_tokens=2, eos_token_id=None).shape == (1, size + 1)
-
-
-@jits
-def test_the_loop_runs_without_a_model(jit_compile):
-    """A step that always says the token after the last."""
-    plan = DecodePlan(GenerationMode.GREEDY, (), 1, 6, (9,), 0, 1)
-
-    def step(token, cache):
-        return tf.one_hot(token[:, 0] + 1, 12), cache + 1
-
-    def run():
-        start = tf.constant([[3], [6]])
-        state = DecodeState(
-            tokens=tf.concat([start, tf.zeros((2, 6), tf.int32)], axis=1),
-            mask=tf.ones((2, 7), tf.int32),
-            length=tf.constant(1),
-            prompt_length=tf.constant(1),
-            finished=tf.constant([False, False]),
-            logits=tf.one_hot(start[:, 0] + 1, 12),
-            cache=tf.constant(0),
-        )
-        return decode(plan, state, step, None)
-
-    tokens, count = tf.function(run, jit_compile=True)() if jit_compile else run()
-    assert tokens.numpy().tolist() == [[4, 5, 6, 7, 8, 9], [7, 8, 9, 0, 0, 0]]
-    assert int(count) == 6

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of generation: what they may hold, and their JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opt_core import ConfigError, GenerationConfig, InputError, OPTConfig
+from opt_core.generation.config import FIELDS
+from opt_core.generation.values import CHECKS
+from tests.cases import GOLDEN
+
+OPTIONS = GenerationConfig(pad_token_id=1, bos_token_id=2, eos_token_id=2)
+
+
+def test_every_field_is_checked() -> None:
+    assert set(CHECKS) == set(FIELDS)
+
+
+def test_replace_makes_a_copy() -> None:
+    assert OPTIONS.replace(max_length=7).max_length == 7
+    assert OPTIONS.max_length == 20
+    assert OPTIONS.replace(max_length=None, temperature=None) == OPTIONS  # None says nothing
+
+
+def test_an_unknown_option_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="no option 'num_beam'.*'num_beams'"):
+        OPTIONS.replace(num_beam=2)
+    with pytest.raises(InputError, match="no option 'temprature'.*'temperature'"):
+        OPTIONS.replace(temprature=2)
+    with pytest.raises(InputError, match="no option 'streamers'.*'streamer'"):
+        OPTIONS.replace(streamers=[])
+    with pytest.raises(InputError, match=r"no option 'xyz'\.$"):
+        OPTIONS.replace(xyz=2)
+
+
+#: What a field may not hold.
+INVALID: dict[str, tuple[Any, ...]] = {
+    "temperature": (-1.0, float("inf"), float("nan"), "hot"),
+    "top_k": (-1, 1.5, True),
+    "top_p": (-0.1, 1.1),
+    "min_p": (-0.1, 1.1, True),
+    "typical_p": (-0.1, 1.1),
+    "epsilon_cutoff": (-0.1, 1.1),
+    "eta_cutoff": (-0.1, 1.1),
+    "penalty_alpha": (-0.1, 1.1),
+    "repetition_penalty": (0.0, float("inf")),
+    "encoder_repetition_penalty": (0.0, -1.0),
+    "diversity_penalty": (-1.0, "much"),
+    "length_penalty": (float("nan"), "long"),
+    "guidance_scale": (float("nan"), "strong"),
+    "max_length": (0,),
+    "max_new_tokens": (0, -3, 2.0),
+    "max_time": (0.0, -1.0, "soon"),
+    "min_length": (-1,),
+    "min_new_tokens": (-1,),
+    "num_beams": (0, 1.5),
+    "num_beam_groups": (0,),
+    "num_return_sequences": (0,),
+    "num_assistant_tokens": (0,),
+    "num_assistant_tokens_schedule": ("often",),
+    "prompt_lookup_num_tokens": (0,),
+    "max_matching_ngram_size": (0,),
+    "no_repeat_ngram_size": (-1,),
+    "early_stopping": ("always", 1),
+    "do_sample": ("false", 1),
+    "low_memory": ("yes",),
+    "renormalize_logits": (1,),
+    "output_scores": ("yes",),
+    "stop_strings": ([], "", ["a", ""], [3], 3),
+    "bad_words_ids": ([], [[]], [3], [[-1]], [["a"]]),
+    "force_words_ids": ([], [[]], [[[]]], [3], [["a"]]),
+    "sequence_bias": ({}, {(3,): "a"}, [[3, 1.0]], [[[3], float("nan")]], 3, {(): 1.0}),
+    "suppress_tokens": ([], [-1], 3),
+    "begin_suppress_tokens": ([], [1.5]),
+    "forced_decoder_ids": ([], [[3]], [[1, -1]], 3),
+    "exponential_decay_length_penalty": ([1], [1, 0.0], [-1, 2.0], 3),
+    "dola_layers": ("middle", [], [-1]),
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_values_out_of_range(name: str) -> None:
+    for value in INVALID[name]:
+        with pytest.raises(ConfigError, match=rf"{name}.*: (expected .*found|unknown)"):
+            OPTIONS.replace(**{name: value})
+
+
+#: Options that are lists in JSON.
+LISTS: dict[str, Any] = {
+    "eos_token_id": [2, 3],
+    "forced_eos_token_id": [2, 3],
+    "bad_words_ids": [[3], [4, 5]],
+    "force_words_ids": [[3, 4], [[5], [6, 7]]],
+    "sequence_bias": [[[3], 1.5], [[4, 5], -2.0]],
+    "suppress_tokens": [3, 4],
+    "begin_suppress_tokens": [3],
+    "forced_decoder_ids": [[1, 3], [2, 4]],
+    "exponential_decay_length_penalty": [3, 1.5],
+    "stop_strings": ["a", "b"],
+    "dola_layers": [0, 2],
+}
+
+
+def lists(value: Any) -> Any:
+    return [lists(member) for member in value] if isinstance(value, tuple) else value
+
+
+def test_lists_become_tuples_that_can_be_hashed() -> None:
+    config = GenerationConfig(**LISTS)
+    hash(config)
+    assert all(lists(getattr(config, name)) == value for name, value in LISTS.items())
+    assert all(isinstance(getattr(config, name), tuple) for name in LISTS)
+    assert GenerationConfig(**{k: getattr(config, k) for k in LISTS}) == config
+
+
+def test_a_bias_may_be_a_dict() -> None:
+    pairs = GenerationConfig(sequence_bias=LISTS["sequence_bias"])
+    assert GenerationConfig(sequence_bias={(3,): 1.5, (4, 5): -2.0}) == pairs
+
+
+def test_one_stop_string_may_stand_alone() -> None:
+    assert GenerationConfig(stop_strings="ab").stop_strings == ("ab",)
+
+
+def test_json_there_and_back(tmp_path: Path) -> None:
+    values = {
+        **LISTS,
+        "max_new_tokens": 5,
+        "top_k": None,
+        "early_stopping": "never",
+        "do_sample": True,
+        "_from_model_config": True,
+        "foo": 1,
+    }
+    config = GenerationConfig.from_dict(values)
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    written = json.loads(path.read_text())
+    assert {key: written[key] for key in values} == values
+    assert GenerationConfig.from_json_file(path) == config
+
+
+def test_every_field_comes_back(tmp_path: Path) -> None:
+    """One by one, each with a value that is not its default."""
+    others = {bool: True, int: 7, float: 0.25}
+    special = {**LISTS, "num_assistant_tokens_schedule": "constant"}
+    for field in dataclasses.fields(GenerationConfig):
+        if field.name == "extra":
+            continue
+        default = field.default
+        value = special.get(field.name, others.get(type(default), 0.5))
+        if field.name not in special and default is None:
+            value = next(v for v in (7, 0.5, True) if _passes(field.name, v))
+        config = GenerationConfig(**{field.name: value})
+        assert config != GenerationConfig(), field.name
+        config.save_pretrained(tmp_path)
+        assert GenerationConfig.from_json_file(tmp_path / "generation_config.json") == config
+
+
+def _passes(name: str, value: Any) -> bool:
+    try:
+        CHECKS[name](name, value)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_the_references_file() -> None:
+    path = GOLDEN / "cases" / "pre_norm" / "generation_config.json"
+    config = GenerationConfig.from_json_file(path)
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (1, 2, 2)
+
+
+def test_a_file_of_a_later_version(tmp_path: Path) -> None:
+    """Keys that are not known here are kept, and do nothing."""
+    values = {
+        "bos_token_id": 2,
+        "cache_implementation": "static",
+        "min_p": 0.1,
+        "stop_strings": ["\n"],
+        "output_logits": True,
+        "token_healing": False,
+        "watermarking_config": None,
+        "transformers_version": "5.23.0",
+    }
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(values))
+    config = GenerationConfig.from_json_file(path)
+    assert (config.min_p, config.stop_strings, config.output_logits) == (0.1, ("\n",), True)
+    assert config.extra["cache_implementation"] == "static"
+    assert config.replace(max_length=5).extra == config.extra
+
+
+def test_defaults_of_a_model_without_a_file() -> None:
+    model = OPTConfig(eos_token_id=[2, 5], pad_token_id=3, max_length=9, do_sample=True)
+    config = GenerationConfig.from_model_config(model)
+    assert (config.pad_token_id, config.eos_token_ids) == (3, (2, 5))
+    assert (config.max_length, config.do_sample) == (9, True)  # as old config.json files have it
