@@ -52,7 +52,10 @@ def one_of(names: tuple[str, ...], what: str) -> Check:
     return check
 
 
-number = _check(lambda value: _lies(value, -math.inf, math.inf), "a number")
+number = _check(
+    lambda value: _lies(value, -math.inf, math.inf) and abs(value) != math.inf,  # type: ignore[arg-type]
+    "a finite number",
+)
 flag = _check(lambda value: isinstance(value, bool), "True or False")
 probability = _check(lambda value: _lies(value, 0, 1), "a number from 0 to 1")
 non_negative = _check(

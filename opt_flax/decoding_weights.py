@@ -41,11 +41,16 @@ def prepare(params: dict[str, Any]) -> None:
             module[DECODING_LEAF] = jnp.transpose(module.pop(PLAIN_LEAF)).block_until_ready()
 
 
-def plain(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain tree with the values of one that may be laid out; on a CPU without a copy."""
+def plain(params: Mapping[str, Any], *, views: bool = False) -> dict[str, Any]:
+    """A plain tree with the values of one that may be laid out.
+
+    Args:
+        views: whether the kernels may be numpy's, views on the weights, rather than copies.
+    """
     values = flatten_dict(unfreeze(dict(params)))
     for path in [path for path in values if path[-1] == DECODING_LEAF]:
-        values[(*path[:-1], PLAIN_LEAF)] = np.asarray(values.pop(path)).T
+        weight = values.pop(path)
+        values[(*path[:-1], PLAIN_LEAF)] = np.asarray(weight).T if views else jnp.transpose(weight)
     return unflatten_dict(values)
 
 

@@ -82,7 +82,7 @@ def kernel_product(rows: Array, kernel: Array) -> Array:
         products = jnp.einsum("ki,kio->ko", parts, blocks, preferred_element_type=wide)
         return products.sum(axis=0, keepdims=True)
 
-    if len(rows) != 1:
+    if len(rows) != 1 or _has_16_bits(rows):
         return whole(rows, kernel)
     return jax.lax.platform_dependent(rows, kernel, cpu=in_blocks, default=whole)
 
@@ -110,10 +110,15 @@ def weight_product(rows: Array, weight: Array) -> Array:
         products = jnp.dot(weight, columns, preferred_element_type=wide)
         return jax.lax.optimization_barrier(products).T
 
-    if len(rows) > FEW_ROWS:
+    if len(rows) > FEW_ROWS or _has_16_bits(rows):
         return whole(rows, weight)
     few = in_blocks if len(rows) == 1 else on_the_left
     return jax.lax.platform_dependent(rows, weight, cpu=few, default=whole)
+
+
+def _has_16_bits(x: Array) -> bool:
+    """For which XLA's products on CPU are others, and gain nothing from another order."""
+    return x.dtype.itemsize < 4
 
 
 def in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:

@@ -204,7 +204,8 @@ class FlaxOPTPreTrainedModel:
             max_shard_size: bytes, or such as "5GB".
             safe_serialization: if False, flax_model.msgpack is written instead of safetensors.
         """
-        params = check_params(plain(self._given(params)), self.config, self.architecture)
+        given = plain(self._given(params), views=True)
+        params = check_params(given, self.config, self.architecture)
         tensors = canonical_arrays(params, self.config, self.architecture)
         save_pretrained(
             directory,

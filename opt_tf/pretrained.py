@@ -16,6 +16,7 @@ from opt_core.params import num_parameters, param_table
 from opt_core.pretrained import open_pretrained, save_pretrained
 from opt_tf.attention import DEFAULT_KERNEL, KERNELS
 from opt_tf.cache import KVCache
+from opt_tf.decoding_weights import prepare
 from opt_tf.inputs import check_inputs, named_inputs
 from opt_tf.weights import assign, canonical_arrays, initialize
 
@@ -93,6 +94,27 @@ class TFOPTPreTrainedModel(keras.Model):
         config = self.config
         shape = (batch_size, max_length, config.num_attention_heads, config.head_dim)
         return KVCache.fixed(config.num_hidden_layers, shape, self.compute_dtype)
+
+    def prepare_for_decoding(self, *, batch_size: int = 1, weights: str | None = None) -> Self:
+        """Lays the linear layers' weights out for fast decoding on a CPU, in place.
+
+        By default nothing changes: compiled TensorFlow reads the weights as they lie.
+
+        Args:
+            batch_size: not used: the weights serve any number of rows.
+            weights: "int8" rounds the weights of the linear layers to eight bits, by Keras' own
+                quantization with one scale for each output; activations and the embeddings, so a
+                tied head too, stay as they are. This is lossy and cannot be undone.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            InputError: an unknown `weights`.
+            UnsupportedError: later, by `save_pretrained`, which needs the weights unrounded.
+        """
+        prepare(self, batch_size, weights)
+        return self
 
     @classmethod
     def from_pretrained(

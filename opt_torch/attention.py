@@ -101,7 +101,7 @@ class OPTAttention(nn.Module):
         is_causal: bool = False,
         head_mask: Tensor | None = None,
         past: LayerCache | None = None,
-        past_length: int | None = None,
+        past_length: int | Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, LayerCache]:
         """[B, T, D] -> output [B, T, D], weights [B, N, T, S] or None, the extended cache."""
         # The query is scaled after its bias and before the product.
@@ -113,7 +113,7 @@ class OPTAttention(nn.Module):
         if past is not None:
             cache = past.extended(key, value, past_length)
             key, value = cache.key, cache.value  # [B, S, N, H]
-            if past_length is not None:
+            if isinstance(past_length, int):
                 used = past_length + query.shape[1]
                 key, value = key[:, :used], value[:, :used]
 

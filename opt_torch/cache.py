@@ -19,14 +19,17 @@ class LayerCache:
     key: Tensor
     value: Tensor
 
-    def extended(self, key: Tensor, value: Tensor, length: int | None) -> LayerCache:
+    def extended(self, key: Tensor, value: Tensor, length: int | Tensor | None) -> LayerCache:
         """The cache with T more columns: appended, or written at column `length` of the buffers."""
         if length is None:
             return LayerCache(
                 torch.cat([self.key, key], dim=1), torch.cat([self.value, value], dim=1)
             )
-        self.key[:, length : length + key.shape[1]] = key
-        self.value[:, length : length + value.shape[1]] = value
+        columns: Any = slice(length, length + key.shape[1])
+        if isinstance(length, Tensor):
+            columns = length + torch.arange(key.shape[1], device=key.device)
+        self.key[:, columns] = key
+        self.value[:, columns] = value
         return self
 
 
@@ -36,12 +39,13 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
 
     A *growing* cache (`length` None) has just the columns in use, and is copied at each extension.
     A *fixed* cache has buffers for a maximal length, of which the first `length` columns are in use;
-    they are written in place. As a sequence, a cache is the reference's `past_key_values`: per layer
-    a pair (key, value), each [B, N, S, H].
+    they are written in place. A length that is a tensor lets `torch.compile` make one program for all
+    lengths, whose attention runs over all columns. As a sequence, a cache is the reference's
+    `past_key_values`: per layer a pair (key, value), each [B, N, S, H].
     """
 
     layers: tuple[LayerCache, ...]
-    length: int | None = None
+    length: int | Tensor | None = None
 
     @classmethod
     def fixed(
@@ -74,12 +78,13 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
 
     def with_capacity(self, capacity: int, before: int = 0) -> KVCache:
         """The columns in use as a fixed cache of `capacity` columns, with `before` empty ones first."""
-        room = (0, 0, 0, 0, before, capacity - before - self.used)
+        used = int(self.used)
+        room = (0, 0, 0, 0, before, capacity - before - used)
         layers = tuple(
-            LayerCache(*(F.pad(x[:, : self.used], room) for x in (layer.key, layer.value)))
+            LayerCache(*(F.pad(x[:, :used], room) for x in (layer.key, layer.value)))
             for layer in self.layers
         )
-        return KVCache(layers, before + self.used)
+        return KVCache(layers, before + used)
 
     def take(self, rows: Tensor) -> KVCache:
         """The cache of some rows [B]."""
@@ -91,7 +96,7 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
         return self.layers[0].key.shape[1] if self.layers else 0
 
     @property
-    def used(self) -> int:
+    def used(self) -> int | Tensor:
         """The number of columns in use."""
         return self.capacity if self.length is None else self.length
 
@@ -101,8 +106,8 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return tuple(self)[index]
-        layer = self.layers[index]
-        key, value = layer.key[:, : self.used], layer.value[:, : self.used]
+        layer, used = self.layers[index], int(self.used)
+        key, value = layer.key[:, :used], layer.value[:, :used]
         return key.transpose(1, 2), value.transpose(1, 2)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -55,7 +55,7 @@ class OPTDecoderLayer(nn.Module):
         is_causal: bool = False,
         head_mask: Tensor | None = None,
         past: LayerCache | None = None,
-        past_length: int | None = None,
+        past_length: int | Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, LayerCache]:
         """[B, T, D] -> [B, T, D], weights [B, N, T, S] or None, the extended cache."""
         # opt-350m is post-norm: it normalises after each residual sum; all other sizes before.

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 
-def positions_from_mask(attention_mask: Tensor, past_length: int) -> Tensor:
+def positions_from_mask(
+    attention_mask: Tensor, past_length: int | Tensor, query_length: int
+) -> Tensor:
     """Each token's index among the real tokens of its row; -1 at pads.
 
     `modeling_opt.py:97-107` of the reference: cumsum(mask) * mask - 1, then the part beyond the past.
@@ -16,17 +18,18 @@ def positions_from_mask(attention_mask: Tensor, past_length: int) -> Tensor:
         attention_mask: [B, S], 1 at real tokens and 0 at pads.
 
     Returns:
-        [B, T] with T = S - past_length, int64.
+        [B, T] with T = query_length, from column `past_length` on, int64.
     """
     mask = attention_mask.long()
-    return (torch.cumsum(mask, dim=1) * mask - 1)[:, past_length:]
+    positions = torch.cumsum(mask, dim=1) * mask - 1
+    return positions[:, past_length + torch.arange(query_length, device=mask.device)]
 
 
 def attention_bias(
     attention_mask: Tensor | None,
     query_length: int,
     key_length: int,
-    past_length: int,
+    past_length: int | Tensor,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:

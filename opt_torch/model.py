@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_core import OPTConfig
@@ -72,13 +73,15 @@ class OPTDecoder(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, E]
         length = inputs_embeds.shape[1]
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, : past_length + length]  # of a fixed cache: longer
+        # A query of a compiled program runs over all columns; the bias hides those not in use.
+        total = past_length + length if isinstance(past_length, int) else past.capacity
+        if attention_mask is not None:  # of a fixed cache: longer
+            attention_mask = F.pad(attention_mask, (0, total - attention_mask.shape[1]))
         if position_ids is None:
             position_ids = self._positions(attention_mask, length, past_length)
         hidden_states = self._embed(inputs_embeds, position_ids)
         kernel = self._kernel(output_attentions, head_mask)
-        bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past_length)
+        bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past_length, total)
         hidden_states, cache, all_hidden_states, all_attentions = self._run_layers(
             hidden_states, kernel, bias, is_causal, head_mask, past
         )
@@ -144,25 +147,26 @@ class OPTDecoder(nn.Module):
         kernel: AttentionKernel,
         attention_mask: Tensor | None,
         hidden_states: Tensor,
-        past_length: int,
+        past_length: int | Tensor,
+        total: int,
     ) -> tuple[Tensor | None, bool]:
         """The bias [B or 1, 1, T, S] and the causal flag that the kernel needs, as few as possible."""
         length = hidden_states.shape[1]
-        if attention_mask is None:
+        if attention_mask is None and isinstance(past_length, int):
             if length == 1:  # one query sees all keys
                 return None, False
             if past_length == 0 and kernel is not KERNELS["eager"]:
                 return None, True
-        total = past_length + length
         dtype, device = hidden_states.dtype, hidden_states.device
         return attention_bias(attention_mask, length, total, past_length, dtype, device), False
 
-    def _positions(self, attention_mask: Tensor | None, length: int, past_length: int) -> Tensor:
+    def _positions(
+        self, attention_mask: Tensor | None, length: int, past_length: int | Tensor
+    ) -> Tensor:
         """[B or 1, T]. Positions count a row's real tokens, so padding on the left shifts none."""
         if attention_mask is not None:
-            return positions_from_mask(attention_mask, past_length)
-        device = self.embed_positions.weight.device
-        return torch.arange(past_length, past_length + length, device=device)[None]
+            return positions_from_mask(attention_mask, past_length, length)
+        return past_length + torch.arange(length, device=self.embed_positions.weight.device)[None]
 
     def _kernel(self, output_attentions: bool, head_mask: Tensor | None) -> AttentionKernel:
         if (output_attentions or head_mask is not None) and self.attn_implementation != "eager":
@@ -180,6 +184,7 @@ class OPTDecoder(nn.Module):
         head_mask: Tensor | None,
         past: KVCache | None,
     ) -> None:
+        past_length = 0 if past is None else past.used
         check_call(
             self.config,
             input_ids=None if input_ids is None else input_ids.shape,
@@ -187,7 +192,7 @@ class OPTDecoder(nn.Module):
             attention_mask=None if attention_mask is None else attention_mask.shape,
             position_ids=None if position_ids is None else position_ids.shape,
             head_mask=None if head_mask is None else head_mask.shape,
-            past_length=0 if past is None else past.used,
+            past_length=past_length if isinstance(past_length, int) else None,
             capacity=None if past is None or past.length is None else past.capacity,
             cached_layers=None if past is None else len(past),
         )

@@ -33,7 +33,7 @@ pytree.register_pytree_node(
 )
 pytree.register_pytree_node(
     KVCache,
-    lambda cache: (list(cache.layers), cache.length),
-    lambda layers, length: KVCache(tuple(layers), length),
+    lambda cache: ([cache.layers, cache.length], None),
+    lambda values, _: KVCache(*values),
     serialized_type_name="opt_torch.cache.KVCache",
 )

@@ -18,9 +18,10 @@ Array = NDArray[Any]
 
 VOCABULARY, PAD, ROOM, LIMIT = 7, 0, 8, 6  # LIMIT new tokens, in buffers with more room
 PROMPTS = np.array([[1, 2], [4, 3], [2, 2]])
-_RANDOM = np.random.default_rng(3)
+_RANDOM = np.random.default_rng(4)
 #: [V, V, V] logits after two tokens.
 TABLE = (1.5 * _RANDOM.normal(size=(VOCABULARY,) * 3)).astype(np.float32)
+TABLE[..., 5] += 1.0  # that sequences end
 
 #: Beams, groups, length_penalty, early_stopping, ends; beams that sample are marked.
 CASES: dict[str, tuple[int, int, float, bool | str, tuple[int, ...]]] = {
@@ -30,6 +31,7 @@ CASES: dict[str, tuple[int, int, float, bool | str, tuple[int, ...]]] = {
     "short": (2, 1, -1.0, "never", (5,)),
     "endless": (3, 1, 1.0, True, ()),
     "groups": (4, 2, 1.0, False, (5,)),
+    "groups at once": (4, 2, 0.0, True, (5,)),
     "groups of one": (3, 3, 1.0, "never", (6, 5, 4)),
     "sampled": (3, 1, 1.0, False, (5,)),
     "sampled, many ends": (2, 1, 1.0, False, (1, 4, 5, 6)),
@@ -66,8 +68,10 @@ def gumbel(plan: DecodePlan) -> Array | None:
     return np.random.default_rng(5).gumbel(size=shape).astype(np.float32)
 
 
-def expected(plan: DecodePlan, prompt: int, noise: Array | None, stop: int = LIMIT) -> list[Beam]:
-    """What the search with lists finds."""
+def expected(
+    plan: DecodePlan, prompt: int, noise: Array | None, stop: int = LIMIT
+) -> tuple[list[Beam], int]:
+    """What the search with lists finds, and in how many steps."""
 
     def log_probs(new: Any) -> Array:
         logits = TABLE[tuple([*PROMPTS[prompt], *new][-2:])].astype(np.float64)
@@ -80,13 +84,14 @@ def expected(plan: DecodePlan, prompt: int, noise: Array | None, stop: int = LIM
 
 def check(
     plan: DecodePlan, found: Any, noise: Array | None = None, stops: tuple[int, ...] = (LIMIT,) * 3
-) -> None:
-    """Compares tokens, scores and rows of `Decoded` with those of the search with lists."""
+) -> int:
+    """Compares `Decoded` with what the search with lists finds; returns the number of its steps."""
     tokens, scores, indices = (
         np.asarray(x) for x in (found.tokens, found.sequences_scores, found.beam_indices)
     )
     prompts = range(len(PROMPTS))
-    beams = [beam for i in prompts for beam in expected(plan, i, noise, stops[i])]
+    searches = [expected(plan, i, noise, stops[i]) for i in prompts]
+    beams = [beam for found_there, _ in searches for beam in found_there]
     width = tokens.shape[1]
     assert tokens.tolist() == [[*b.tokens, *[PAD] * (width - len(b.tokens))] for b in beams]
     np.testing.assert_allclose(scores, [beam.score for beam in beams], rtol=1e-5)
@@ -96,6 +101,7 @@ def check(
         for b, row in zip(beams, first.tolist(), strict=True)
     ]
     assert int(found.count) == max(len(beam.tokens) for beam in beams)
+    return max(steps for _, steps in searches)
 
 
 class Stopper:
@@ -114,7 +120,7 @@ class Stopper:
 
     def check(self, plan: DecodePlan, found: Any) -> None:
         """The rest of the prompts go on, and the scores seen add up to those of the sequences."""
-        check(plan, found, stops=(self.step, LIMIT, LIMIT))
+        assert len(self.scores) == check(plan, found, stops=(self.step, LIMIT, LIMIT))
         tokens, indices = np.asarray(found.tokens), np.asarray(found.beam_indices)
         for row, score in enumerate(np.asarray(found.sequences_scores).tolist()):
             length = int((indices[row] >= 0).sum())

@@ -24,8 +24,8 @@ class GenerationConfig:
     """Options of text generation.
 
     Names and defaults are those of transformers 4.37.2 (`generation/configuration_utils.py`), and a
-    few that later versions added: `min_p`, `stop_strings`, `output_logits`, `dola_layers`. Lists
-    become tuples; keys of other libraries are kept in `extra`.
+    few that later versions added: `min_p`, `stop_strings`, `output_logits`, `dola_layers`,
+    `cache_implementation`. Lists become tuples; keys of other libraries are kept in `extra`.
 
     Raises:
         ConfigError: a value of the wrong kind or out of its range.
@@ -75,6 +75,8 @@ class GenerationConfig:
     begin_suppress_tokens: tuple[int, ...] | None = None
     forced_decoder_ids: tuple[tuple[int, int], ...] | None = None
     guidance_scale: float | None = None
+    # How it is computed: "static" lets torch.compile serve all lengths; TF and Flax always do so.
+    cache_implementation: str | None = None
     # What is returned.
     num_return_sequences: int = 1
     output_attentions: bool = False
@@ -122,9 +124,13 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """From the JSON form; keys of other libraries are kept in `extra`."""
-        known = {key: value for key, value in values.items() if key in FIELDS}
-        extra = {key: value for key, value in values.items() if key not in FIELDS}
+        """From the JSON form; what is of other libraries, or says nothing, is kept in `extra`."""
+        known = {
+            key: value
+            for key, value in values.items()
+            if key in FIELDS and value not in FOREIGN.get(key, ()) and value not in ([], {})
+        }
+        extra = {key: value for key, value in values.items() if key not in known}
         return cls(**known, extra=extra)
 
     @classmethod
@@ -153,6 +159,23 @@ class GenerationConfig:
 #: Fields in which None says something other than the default.
 MEANINGFUL_NONE = ("top_k", "top_p", "typical_p", "pad_token_id", "bos_token_id", "eos_token_id")
 FIELDS = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name != "extra")
+#: Values of later versions that a file may hold, which say how to compute, not what.
+FOREIGN: Mapping[str, tuple[str, ...]] = {
+    "cache_implementation": (
+        "dynamic",
+        "dynamic_full",
+        "hybrid",
+        "hybrid_chunked",
+        "offloaded",
+        "offloaded_hybrid",
+        "offloaded_hybrid_chunked",
+        "offloaded_static",
+        "paged",
+        "quantized",
+        "sliding_window",
+    ),
+    "num_assistant_tokens_schedule": ("heuristic_transient",),
+}
 #: Options of the reference that are no fields here: name -> the value that says nothing, which is
 #: the only one that OPT can have, or None where the option has no effect on one process with a cache.
 OTHER_OPTIONS: Mapping[str, Any] = {

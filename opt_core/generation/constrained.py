@@ -108,7 +108,7 @@ class ConstrainedBeams:
         InputError: constraints that need more tokens than allowed.
     """
 
-    def __init__(self, plan: DecodePlan, tokens: Array, mask: Array, limit: int) -> None:
+    def __init__(self, plan: DecodePlan[Any], tokens: Array, mask: Array, limit: int) -> None:
         self.plan, self.strategy = plan, cast(ConstrainedBeamSearch, plan.strategy)
         beams = self.strategy.rows
         self.scores = np.where(np.arange(len(tokens)) % beams, UNUSED, 0.0).astype(np.float32)

@@ -6,12 +6,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, UnsupportedError
 from opt_core.generation import processors as p
 from opt_core.generation.config import OTHER_OPTIONS, GenerationConfig
 from opt_core.generation.constraints import read_constraints
+from opt_core.generation.dola import early_layers
 from opt_core.generation.hooks import NO_HOOKS, Hooks
 from opt_core.generation.ordering import plan_processors
 from opt_core.generation.strategies import (
@@ -60,14 +62,20 @@ class PromptLengths:
     is_padded: bool = False
 
 
+S = TypeVar("S", bound=Strategy)
+
+
 @dataclass(frozen=True)
-class DecodePlan:
+class DecodePlan(Generic[S]):
     """What a loop does: it decides nothing more.
+
+    Attributes:
+        is_static: whether lengths are known at run time only.
 
     `capacity` is the number of cache columns that prompt and new tokens need.
     """
 
-    strategy: Strategy
+    strategy: S
     processors: tuple[p.LogitsProcessor, ...]
     prompt_length: int
     max_new_tokens: int
@@ -76,6 +84,7 @@ class DecodePlan:
     num_return_sequences: int = 1
     past_length: int = 0
     is_padded: bool = False
+    is_static: bool = False
     dola_layers: tuple[int, ...] = ()
 
     @property
@@ -95,7 +104,7 @@ class DecodePlan:
             isinstance(processor, p.HostProcessor) for processor in self.processors
         )
 
-    def bucketed(self) -> DecodePlan:
+    def bucketed(self) -> DecodePlan[S]:
         """The plan with both lengths rounded up, so that few are compiled.
 
         A loop that runs it is told at run time how many columns and tokens are meant.
@@ -108,6 +117,7 @@ class DecodePlan:
             max_new_tokens=-(-self.max_new_tokens // BUCKET) * BUCKET,
             past_length=self.past_length and self.past_length + pads,
             is_padded=True,
+            is_static=True,
         )
 
 
@@ -116,7 +126,7 @@ def make_plan(
     config: OPTConfig,
     lengths: PromptLengths | int,
     hooks: Hooks = NO_HOOKS,
-) -> DecodePlan:
+) -> DecodePlan[Strategy]:
     """Turns options into a plan for prompts of these lengths, or says why that cannot be.
 
     Args:
@@ -290,4 +300,6 @@ def _dola_layers(options: GenerationConfig, config: OPTConfig) -> tuple[int, ...
     """The layers that DoLa compares the last one with; none where it is not asked for."""
     if options.dola_layers is None:
         return ()
-    raise UnsupportedError("dola_layers is not supported in this release.")
+    if options.guidance_scale not in (None, 1):
+        raise InputError("dola_layers and guidance_scale both change the logits: leave out one.")
+    return early_layers(options.dola_layers, config)

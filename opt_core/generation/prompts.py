@@ -14,7 +14,7 @@ import numpy as np
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
-from opt_core.generation.plan import DecodePlan, PromptLengths
+from opt_core.generation.plan import DecodePlan, PromptLengths, S
 from opt_core.inputs import Shape, check_ids
 
 
@@ -105,7 +105,7 @@ def read_prompts(
     return Prompts(ids, tokens, mask, known, order, offset, lengths)
 
 
-def bucketed(plan: DecodePlan, prompts: Prompts, xp: Any = np) -> tuple[DecodePlan, Prompts]:
+def bucketed(plan: DecodePlan[S], prompts: Prompts, xp: Any = np) -> tuple[DecodePlan[S], Prompts]:
     """Plan and prompts with lengths rounded up: pads before the prompts, and room behind them."""
     wide = plan.bucketed()
     pads = wide.prompt_length - plan.prompt_length

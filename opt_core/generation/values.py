@@ -22,13 +22,12 @@ from opt_core.validation import (
 )
 
 
-def _listed(check: Check, length: int | None = None) -> Check:
+def _listed(check: Check) -> Check:
     """A list, not empty, whose members pass the check."""
 
     def checked(name: str, value: object) -> None:
-        if not isinstance(value, list | tuple) or not value or length not in (None, len(value)):
-            count = "at least one member" if length is None else f"{length} members"
-            raise ConfigError(f"{name}: expected a list of {count}, found {value!r}.")
+        if not isinstance(value, list | tuple) or not value:
+            raise ConfigError(f"{name}: expected a list that is not empty, found {value!r}.")
         for index, member in enumerate(value):
             check(f"{name}[{index}]", member)
 
@@ -138,6 +137,7 @@ CHECKS: Mapping[str, Check] = {
     "begin_suppress_tokens": optional(_ids),
     "forced_decoder_ids": optional(_listed(_pair(_id, _id))),
     "guidance_scale": optional(number),
+    "cache_implementation": optional(one_of(("static",), "kind of cache")),
     "num_return_sequences": whole(1),
     "output_attentions": flag,
     "output_hidden_states": flag,

@@ -34,7 +34,7 @@ class Watch:
         self,
         options: GenerationConfig,
         hooks: Hooks,
-        plan: DecodePlan,
+        plan: DecodePlan[Any],
         to_numpy: Callable[[Any], NDArray[Any]],
         repeat: Callable[[Any, int], Any],
     ) -> None:

@@ -49,6 +49,7 @@ def contrastive_search(
         copies = jnp.repeat(rows, plan.strategy.top_k)
         cache = cache.take(in_halves(plan, copies, len(rows)))
     context = _directions(state.context)
+    # What a loop carries has its fields and dtypes from the beginning on.
     state = replace(state, context=context, scores=state.logits.astype(jnp.float32), cache=cache)
     state = repeat(goes_on, advance, state, watch)
     cache = None

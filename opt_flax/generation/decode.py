@@ -20,6 +20,7 @@ from opt_core.generation.plan import DecodePlan
 from opt_core.generation.strategies import ContrastiveSearch
 from opt_core.generation.watching import Watch
 from opt_flax.cache import KVCache
+from opt_flax.generation.dola import contrasted, early_logits
 from opt_flax.generation.state import DecodeState, Inputs, StepOutput
 from opt_flax.masks import positions_from_mask
 
@@ -32,22 +33,32 @@ def run_model(
     module: Any,
     params: Any,
     watch: Watch | None,
+    layers: tuple[int, ...],
     last: bool,
     tokens: Array | None,
     **arguments: Any,
 ) -> StepOutput:
-    """One call of the model; with `last`, logits of the last column alone."""
+    """One call of the model; with `last`, logits of the last column alone.
+
+    With `layers`, the logits are those of DoLa.
+    """
     sees = watch is not None and watch.sees_layers
-    output, logits = forward(module, params, sees, last, tokens, arguments)
+    output, logits = forward(module, params, sees, layers, last, tokens, arguments)
     if watch is not None and sees:
-        columns = int(output.past_key_values.used)
-        watch.ran(output.attentions, output.hidden_states, columns)
+        used = int(output.past_key_values.used)
+        watch.ran(output.attentions, output.hidden_states, used)
     return StepOutput(logits, output.last_hidden_state, output.past_key_values)
 
 
-@partial(jax.jit, static_argnames=("module", "sees", "last"))
+@partial(jax.jit, static_argnames=("module", "sees", "layers", "last"))
 def forward(
-    module: Any, params: Any, sees: bool, last: bool, tokens: Array | None, arguments: Any
+    module: Any,
+    params: Any,
+    sees: bool,
+    layers: tuple[int, ...],
+    last: bool,
+    tokens: Array | None,
+    arguments: Any,
 ) -> tuple[Any, Array]:
     """The base model's output and logits [B, 1 or T, V], compiled where nothing around it is."""
 
@@ -56,12 +67,16 @@ def forward(
             tokens,
             use_cache=True,
             output_attentions=sees,
-            output_hidden_states=sees,
+            output_hidden_states=sees or bool(layers),
             return_dict=True,
             **arguments,
         )
-        hidden_states = output.last_hidden_state  # [B, T, E]
-        return output, bound.logits(hidden_states[:, -1:] if last else hidden_states)
+        columns = slice(-1, None) if last else slice(None)
+        logits = bound.logits(output.last_hidden_state[:, columns])  # [B, 1 or T, V]
+        if layers:
+            early = [output.hidden_states[layer][:, columns] for layer in layers]  # each [B, T, D]
+            logits = contrasted(logits, early_logits(bound, early))
+        return output, logits
 
     return nn.apply(run, module)({"params": params})
 
@@ -75,6 +90,7 @@ def prefill(
         module,
         params,
         watch,
+        plan.dola_layers,
         True,
         inputs.tokens[:, past_length:] if inputs.embeds is None else None,
         inputs_embeds=inputs.embeds,
@@ -98,8 +114,8 @@ def decode_step(
     counts = mask.sum(axis=1, keepdims=True)  # [B, 1] real tokens in each prompt
     room = jnp.ones((len(mask), plan.capacity - plan.prompt_length), mask.dtype)
     full_mask = jnp.concatenate([mask, room], axis=1) if plan.is_padded else None  # [B, S]
-
-    last_position = module.config.max_position_embeddings - 1  # where columns fill up
+    # Columns that proposals are filled up with may lie beyond the position table.
+    last_position = module.config.max_position_embeddings - 1
 
     def step(tokens: Array, cache: KVCache, rows: Array | None = None) -> StepOutput:
         own_counts, own_mask = counts, full_mask
@@ -113,6 +129,7 @@ def decode_step(
             module,
             params,
             watch,
+            plan.dola_layers,
             False,
             tokens,
             attention_mask=own_mask,

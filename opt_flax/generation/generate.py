@@ -188,8 +188,8 @@ def _output(
 ) -> GenerateOutput:
     """The sequences, and what else was asked for."""
     count = plan.max_new_tokens
-    if not isinstance(decoded.count, jax.core.Tracer):
-        count = int(decoded.count)
+    if not isinstance(decoded.length, jax.core.Tracer):
+        count = int(decoded.length)
     sequences = decoded.tokens[:, :count]
     if prompts.given is not None:
         given = jnp.repeat(jnp.asarray(prompts.given), plan.num_return_sequences, axis=0)

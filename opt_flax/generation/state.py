@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -28,8 +28,8 @@ class StepOutput(NamedTuple):
     """What one call of the model gives a loop."""
 
     logits: Array  # [B, T, V]
-    hidden_states: Array | None  # [B, T, E], from which the logits were made
-    cache: KVCache | None
+    hidden_states: Any  # [B, T, E], from which the logits were made
+    cache: Any  # KVCache
 
 
 @jax.tree_util.register_dataclass
@@ -48,11 +48,11 @@ class DecodeState:
     limit: Array  # new tokens allowed
     finished: Array  # [B] whether the row has ended
     logits: Array  # [B, V] for the next column
-    cache: KVCache | None
+    cache: Any  # KVCache
     unconditional: Array | None = None  # [B, V] logits without the prompt, for guidance
     scores: Array | None = None  # [B, V] from which the last column was chosen
     chosen: Array | None = None  # [B, any] tokens that earlier beam groups chose for this column
-    context: Array | None = None  # [B, S, E] hidden states to compare candidates with
+    context: Any = None  # [B, S, E] hidden states to compare candidates with
 
     @property
     def step(self) -> Array:
@@ -83,7 +83,7 @@ class Decoded(NamedTuple):
     """What a loop ends with."""
 
     tokens: Array  # [B, any] new tokens, each row filled up with pads
-    count: Array  # columns of it that are filled
-    cache: KVCache | None
+    length: Array  # columns of it that are filled
+    cache: Any  # KVCache
     sequences_scores: Array | None = None  # [B], of beams
     beam_indices: Array | None = None  # [B, any] the row of each step, -1 after the end; of beams

@@ -51,7 +51,7 @@ def assisted_search(
         alone = state.take(index)._replace(cache=state.cache.take(cache_rows))
         own_step, own_noise = partial(step, rows=index), _of_row(noise, row)
         if assistant is None:
-            propose = partial(_look_up, plan)
+            propose: Propose = partial(_look_up, plan)
         else:
             cache, draft = assistant
             propose = _drafts(plan, cache.take(cache_rows), partial(draft, rows=index), own_noise)

@@ -49,6 +49,7 @@ def contrastive_search(
         copies = tf.repeat(rows, plan.strategy.top_k)
         cache = cache.take(in_halves(plan, copies, rows.shape[0]))
     context = _directions(state.context)
+    # What a loop carries has its fields and dtypes from the beginning on.
     state = state._replace(context=context, scores=tf.cast(state.logits, tf.float32), cache=cache)
     state = repeat(goes_on, advance, state, watch)
     cache = None

@@ -18,6 +18,7 @@ from opt_core.generation.plan import DecodePlan
 from opt_core.generation.strategies import ContrastiveSearch
 from opt_core.generation.watching import Watch
 from opt_tf.cache import KVCache
+from opt_tf.generation.dola import contrasted, early_logits
 from opt_tf.generation.state import DecodeState, Inputs, StepOutput
 from opt_tf.masks import positions_from_mask
 
@@ -27,34 +28,51 @@ State = TypeVar("State")
 
 
 def run_model(
-    model: Any, watch: Watch | None, last: bool, tokens: Tensor | None, **arguments: Any
+    model: Any,
+    watch: Watch | None,
+    layers: tuple[int, ...],
+    last: bool,
+    tokens: Tensor | None,
+    **arguments: Any,
 ) -> StepOutput:
-    """One call of the model; with `last`, logits of the last column alone."""
+    """One call of the model; with `last`, logits of the last column alone.
+
+    With `layers`, the logits are those of DoLa.
+    """
     sees = watch is not None and watch.sees_layers
-    run = partial(forward, model, sees, last)
+    run: Callable[..., Any] = partial(forward, model, sees, layers, last)
     if tf.executing_eagerly():
-        run = compiled(model, forward, sees, last)
+        run = compiled(model, forward, sees, layers, last)
     output, logits = run(tokens, arguments)
     if watch is not None and sees:
-        columns = int(output.past_key_values.used)
-        watch.ran(output.attentions, output.hidden_states, columns)
+        used = int(output.past_key_values.used)
+        watch.ran(output.attentions, output.hidden_states, used)
     return StepOutput(logits, output.last_hidden_state, output.past_key_values)
 
 
 def forward(
-    model: Any, sees: bool, last: bool, tokens: Tensor | None, arguments: Any
+    model: Any,
+    sees: bool,
+    layers: tuple[int, ...],
+    last: bool,
+    tokens: Tensor | None,
+    arguments: Any,
 ) -> tuple[Any, Tensor]:
     """The base model's output and logits [B, 1 or T, V]."""
     output = model.model(
         tokens,
         use_cache=True,
         output_attentions=sees,
-        output_hidden_states=sees,
+        output_hidden_states=sees or bool(layers),
         return_dict=True,
         **arguments,
     )
-    hidden_states = output.last_hidden_state  # [B, T, E]
-    return output, model.compute_logits(hidden_states[:, -1:] if last else hidden_states)
+    columns = slice(-1, None) if last else slice(None)
+    logits = model.compute_logits(output.last_hidden_state[:, columns])  # [B, 1 or T, V]
+    if layers:
+        early = [output.hidden_states[layer][:, columns] for layer in layers]  # each [B, T, D]
+        logits = contrasted(logits, early_logits(model, early))
+    return output, logits
 
 
 def compiled(model: Any, function: Callable[..., Any], *key: Any) -> Callable[..., Any]:
@@ -76,6 +94,7 @@ def prefill(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -
     return run_model(
         model,
         watch,
+        plan.dola_layers,
         True,
         inputs.tokens[:, past_length:] if inputs.embeds is None else None,
         inputs_embeds=inputs.embeds,
@@ -94,8 +113,8 @@ def decode_step(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | Non
     counts = tf.reduce_sum(mask, axis=1, keepdims=True)  # [B, 1] real tokens in each prompt
     room = tf.ones((mask.shape[0], plan.capacity - plan.prompt_length), mask.dtype)
     full_mask = tf.concat([mask, room], axis=1) if plan.is_padded else None  # [B, S]
-
-    last_position = model.config.max_position_embeddings - 1  # where columns fill up
+    # Columns that proposals are filled up with may lie beyond the position table.
+    last_position = model.config.max_position_embeddings - 1
 
     def step(tokens: Tensor, cache: KVCache, rows: Tensor | None = None) -> StepOutput:
         own_counts, own_mask = counts, full_mask
@@ -109,6 +128,7 @@ def decode_step(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | Non
         return run_model(
             model,
             watch,
+            plan.dola_layers,
             False,
             tokens,
             attention_mask=own_mask,

@@ -103,7 +103,8 @@ def generate(
     config = (generation_config or model.generation_config).replace(**options)
     past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
     given = GivenPrompts(
-        *(_array(x) for x in (input_ids, attention_mask)),
+        _array(input_ids),
+        _array(attention_mask),
         embeds_shape=None if inputs_embeds is None else tuple(inputs_embeds.shape),
         past_length=0 if past is None else int(past.used),
         negative_ids=_array(negative_prompt_ids),
@@ -171,16 +172,18 @@ def _inputs(
         embeds = tf.pad(embeds, ((0, 0), (pads, 0), (0, 0)))
     if past is not None:
         past = past.with_capacity(plan.capacity, pads)
-    arrays = (tf.constant(x, tf.int32) for x in (prompts.tokens, prompts.mask, prompts.known))
-    limits = (tf.constant(x, tf.int32) for x in (prompts.offset, limit))
-    return Inputs(*arrays, embeds, past, *limits)
+    tokens, mask, known, offset, limit = (
+        tf.constant(x, tf.int32)
+        for x in (prompts.tokens, prompts.mask, prompts.known, prompts.offset, limit)
+    )
+    return Inputs(tokens, mask, known, embeds, past, offset, limit)
 
 
 def _output(
     plan: DecodePlan, prompts: Prompts, decoded: Decoded, config: GenerationConfig, watch: Watch
 ) -> Tensor | GenerateOutput:
     """The sequences, and what else was asked for."""
-    sequences = decoded.tokens[:, : int(decoded.count)]
+    sequences = decoded.tokens[:, : int(decoded.length)]
     if prompts.given is not None:
         given = tf.repeat(tf.constant(prompts.given), plan.num_return_sequences, axis=0)
         sequences = tf.concat([given, sequences], axis=1)

@@ -49,7 +49,7 @@ def assisted_search(
         alone = replace(state.take(index), cache=state.cache.take(cache_rows))
         own_step, own_noise = partial(step, rows=index), _of_row(noise, row)
         if assistant is None:
-            propose = partial(_look_up, plan)
+            propose: Propose = partial(_look_up, plan)
         else:
             cache, draft = assistant
             propose = _drafts(plan, cache.take(cache_rows), partial(draft, rows=index), own_noise)
@@ -117,7 +117,7 @@ def _drafts(plan: DecodePlan, cache: KVCache, step: Step, noise: Noise | None) -
     def propose(state: DecodeState, count: int) -> Tensor:
         nonlocal cache
         draft, start = replace(state, tokens=state.tokens.clone()), state.length
-        cache = _cut(cache, min(cache.used, start - 1))  # what it holds of these tokens
+        cache = _cut(cache, min(int(cache.used), start - 1))  # what it holds of these tokens
         while draft.length < start + count and not bool(draft.finished.all()):
             tokens = draft.tokens[:, cache.used : draft.length]
             output = step(tokens, cache)

@@ -30,8 +30,9 @@ def constrained_beam_search(
         token = state.tokens[:, state.length - 1 : state.length]  # [B, 1]
         state = state.after(step(token, state.cache))
         state = shown(choose(plan, state, beams), beams, watch)
-    tokens, scores, indices = (torch.from_numpy(x).to(state.tokens.device) for x in beams.found())
-    return Decoded(tokens.long(), tokens.shape[1], state.cache, scores, indices)
+    found = (torch.from_numpy(x).to(state.tokens.device) for x in beams.found())
+    sequences, scores, indices = found
+    return Decoded(sequences.long(), sequences.shape[1], state.cache, scores, indices)
 
 
 def choose(plan: DecodePlan, state: DecodeState, beams: ConstrainedBeams) -> DecodeState:

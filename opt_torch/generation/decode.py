@@ -17,6 +17,7 @@ from opt_core.generation.plan import DecodePlan
 from opt_core.generation.strategies import ContrastiveSearch
 from opt_core.generation.watching import Watch
 from opt_torch.cache import KVCache
+from opt_torch.generation.dola import contrasted, early_logits
 from opt_torch.generation.state import DecodeState, Inputs, StepOutput
 from opt_torch.masks import positions_from_mask
 
@@ -26,24 +27,35 @@ State = TypeVar("State")
 
 
 def run_model(
-    model: Any, watch: Watch | None, last: bool, tokens: Tensor | None, **arguments: Any
+    model: Any,
+    watch: Watch | None,
+    layers: tuple[int, ...],
+    last: bool,
+    tokens: Tensor | None,
+    **arguments: Any,
 ) -> StepOutput:
-    """One call of the model; with `last`, logits of the last column alone."""
+    """One call of the model; with `last`, logits of the last column alone.
+
+    With `layers`, the logits are those of DoLa.
+    """
     sees = watch is not None and watch.sees_layers
     output = model.model(
         tokens,
         use_cache=True,
         output_attentions=sees,
-        output_hidden_states=sees,
+        output_hidden_states=sees or bool(layers),
         return_dict=True,
         **arguments,
     )
     if watch is not None and sees:
-        columns = int(output.past_key_values.used)
-        watch.ran(output.attentions, output.hidden_states, columns)
-    hidden_states = output.last_hidden_state  # [B, T, E]
-    logits = model.lm_head(hidden_states[:, -1:] if last else hidden_states)  # [B, 1 or T, V]
-    return StepOutput(logits, hidden_states, output.past_key_values)
+        used = int(output.past_key_values.used)
+        watch.ran(output.attentions, output.hidden_states, used)
+    columns = slice(-1, None) if last else slice(None)
+    logits = model.lm_head(output.last_hidden_state[:, columns])  # [B, 1 or T, V]
+    if layers:
+        early = [output.hidden_states[layer][:, columns] for layer in layers]  # each [B, T, D]
+        logits = contrasted(logits, early_logits(model, early))
+    return StepOutput(logits, output.last_hidden_state, output.past_key_values)
 
 
 def prefill(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -> StepOutput:
@@ -53,11 +65,12 @@ def prefill(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -
     return run_model(
         model,
         watch,
+        plan.dola_layers,
         True,
         inputs.tokens[:, past_length:] if inputs.embeds is None else None,
         inputs_embeds=inputs.embeds,
         attention_mask=mask if plan.is_padded else None,
-        position_ids=positions_from_mask(mask, past_length),
+        position_ids=positions_from_mask(mask, past_length, mask.shape[1] - past_length),
         past_key_values=cache,
     )
 
@@ -83,6 +96,7 @@ def decode_step(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | Non
         return run_model(
             model,
             watch,
+            plan.dola_layers,
             False,
             tokens,
             attention_mask=own_mask,
@@ -116,6 +130,9 @@ def first_state(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> DecodeS
         cache=None,
         context=_context(plan, inputs, output),
     )
+    if plan.is_static and output.cache is not None:
+        length = torch.tensor(plan.prompt_length, device=tokens.device)
+        output = output._replace(cache=replace(output.cache, length=length))
     return state.after(repeated(output, repeats))
 
 

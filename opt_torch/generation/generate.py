@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from opt_core.generation.config import GenerationConfig
@@ -17,6 +18,7 @@ from opt_core.generation.plan import DecodePlan, make_plan
 from opt_core.generation.prompts import (
     GivenPrompts,
     Prompts,
+    bucketed,
     check_noise,
     check_seed,
     read_prompts,
@@ -94,9 +96,10 @@ def generate(
     config = (generation_config or model.generation_config).replace(**options)
     past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
     given = GivenPrompts(
-        *(_array(x) for x in (input_ids, attention_mask)),
+        _array(input_ids),
+        _array(attention_mask),
         embeds_shape=None if inputs_embeds is None else inputs_embeds.shape,
-        past_length=0 if past is None else past.used,
+        past_length=0 if past is None else int(past.used),
         negative_ids=_array(negative_prompt_ids),
         negative_mask=_array(negative_prompt_attention_mask),
     )
@@ -105,7 +108,10 @@ def generate(
     positions = prompts.lengths.longest + plan.max_new_tokens - 1
     hooks.check_assistant(model, positions, from_ids=inputs_embeds is None and past is None)
     draw = _noise(plan, model, len(prompts.known) * plan.strategy.rows, seed, noise)
-    inputs = _inputs(plan, prompts, inputs_embeds, past, model.device)
+    wide, padded = plan, prompts
+    if config.cache_implementation == "static" and not config.return_dict_in_generate:
+        wide, padded = bucketed(plan, prompts)
+    inputs = _inputs(wide, padded, inputs_embeds, past, plan.max_new_tokens, model.device)
     watch = Watch(
         config,
         hooks,
@@ -116,7 +122,7 @@ def generate(
     if prompts.given is not None:
         watch.start(torch.from_numpy(prompts.given))
     decoded = run(
-        model, plan, inputs, draw, watch if watch.is_needed else None, hooks.assistant_model
+        model, wide, inputs, draw, watch if watch.is_needed else None, hooks.assistant_model
     )
     watch.end()
     return _output(plan, prompts, decoded, config, watch)
@@ -146,24 +152,27 @@ def _inputs(
     prompts: Prompts,
     embeds: Tensor | None,
     past: KVCache | None,
+    limit: int,
     device: torch.device,
 ) -> Inputs:
+    pads = plan.prompt_length - prompts.lengths.columns
     tokens, mask, known, order = (
         torch.from_numpy(x).long().to(device)
         for x in (prompts.tokens, prompts.mask, prompts.known, prompts.order)
     )
     if embeds is not None:
         embeds = torch.take_along_dim(embeds, order[:, :, None], dim=1)
+        embeds = F.pad(embeds, (0, 0, pads, 0))
     if past is not None:
-        past = past.with_capacity(plan.capacity)
-    return Inputs(tokens, mask, known, embeds, past, prompts.offset, plan.max_new_tokens)
+        past = past.with_capacity(plan.capacity, pads)
+    return Inputs(tokens, mask, known, embeds, past, prompts.offset, limit)
 
 
 def _output(
     plan: DecodePlan, prompts: Prompts, decoded: Decoded, config: GenerationConfig, watch: Watch
 ) -> Tensor | GenerateOutput:
     """The sequences, and what else was asked for."""
-    sequences = decoded.tokens[:, : decoded.count]
+    sequences = decoded.tokens[:, : decoded.length]
     if prompts.given is not None:
         given = torch.from_numpy(prompts.given).to(sequences)
         sequences = torch.cat([given.repeat_interleave(plan.num_return_sequences, 0), sequences], 1)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,8 +27,8 @@ class StepOutput(NamedTuple):
     """What one call of the model gives a loop."""
 
     logits: Tensor  # [B, T, V]
-    hidden_states: Tensor | None  # [B, T, E], from which the logits were made
-    cache: KVCache | None
+    hidden_states: Any  # [B, T, E], from which the logits were made
+    cache: Any  # KVCache
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class DecodeState:
     limit: int  # new tokens allowed
     finished: Tensor  # [B] whether the row has ended
     logits: Tensor  # [B, V] for the next column
-    cache: KVCache | None
+    cache: Any  # KVCache
     unconditional: Tensor | None = None  # [B, V] logits without the prompt, for guidance
     scores: Tensor | None = None  # [B, V] from which the last column was chosen
     chosen: Tensor | None = None  # [B, any] tokens that earlier beam groups chose for this column
-    context: Tensor | None = None  # [B, S, E] hidden states to compare candidates with
+    context: Any = None  # [B, S, E] hidden states to compare candidates with
 
     @property
     def step(self) -> int:
@@ -81,7 +81,7 @@ class Decoded(NamedTuple):
     """What a loop ends with."""
 
     tokens: Tensor  # [B, any] new tokens, each row filled up with pads
-    count: int  # columns of it that are filled
-    cache: KVCache | None
+    length: int  # columns of it that are filled
+    cache: Any  # KVCache
     sequences_scores: Tensor | None = None  # [B], of beams
     beam_indices: Tensor | None = None  # [B, any] the row of each step, -1 after the end; of beams

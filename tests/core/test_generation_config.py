@@ -53,7 +53,7 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "encoder_repetition_penalty": (0.0, -1.0),
     "diversity_penalty": (-1.0, "much"),
     "length_penalty": (float("nan"), "long"),
-    "guidance_scale": (float("nan"), "strong"),
+    "guidance_scale": (float("nan"), float("inf"), "strong"),
     "max_length": (0,),
     "max_new_tokens": (0, -3, 2.0),
     "max_time": (0.0, -1.0, "soon"),
@@ -81,6 +81,7 @@ INVALID: dict[str, tuple[Any, ...]] = {
     "forced_decoder_ids": ([], [[3]], [[1, -1]], 3),
     "exponential_decay_length_penalty": ([1], [1, 0.0], [-1, 2.0], 3),
     "dola_layers": ("middle", [], [-1]),
+    "cache_implementation": ("hybrid", 3),
 }
 
 
@@ -149,7 +150,11 @@ def test_json_there_and_back(tmp_path: Path) -> None:
 def test_every_field_comes_back(tmp_path: Path) -> None:
     """One by one, each with a value that is not its default."""
     others = {bool: True, int: 7, float: 0.25}
-    special = {**LISTS, "num_assistant_tokens_schedule": "constant"}
+    special = {
+        **LISTS,
+        "num_assistant_tokens_schedule": "constant",
+        "cache_implementation": "static",
+    }
     for field in dataclasses.fields(GenerationConfig):
         if field.name == "extra":
             continue
@@ -181,7 +186,7 @@ def test_a_file_of_a_later_version(tmp_path: Path) -> None:
     """Keys that are not known here are kept, and do nothing."""
     values = {
         "bos_token_id": 2,
-        "cache_implementation": "static",
+        "compile_config": None,
         "min_p": 0.1,
         "stop_strings": ["\n"],
         "output_logits": True,
@@ -193,7 +198,7 @@ def test_a_file_of_a_later_version(tmp_path: Path) -> None:
     path.write_text(json.dumps(values))
     config = GenerationConfig.from_json_file(path)
     assert (config.min_p, config.stop_strings, config.output_logits) == (0.1, ("\n",), True)
-    assert config.extra["cache_implementation"] == "static"
+    assert config.extra["token_healing"] is False
     assert config.replace(max_length=5).extra == config.extra
 
 
@@ -202,3 +207,16 @@ def test_defaults_of_a_model_without_a_file() -> None:
     config = GenerationConfig.from_model_config(model)
     assert (config.pad_token_id, config.eos_token_ids) == (3, (2, 5))
     assert (config.max_length, config.do_sample) == (9, True)  # as old config.json files have it
+
+
+def test_files_of_later_versions_and_empty_lists_load() -> None:
+    values = {
+        "cache_implementation": "hybrid",
+        "num_assistant_tokens_schedule": "heuristic_transient",
+        "suppress_tokens": [],
+        "sequence_bias": {},
+        "num_beams": 3,
+    }
+    found = GenerationConfig.from_dict(values)
+    assert found == GenerationConfig(num_beams=3, extra=found.extra)
+    assert found.to_dict() == values

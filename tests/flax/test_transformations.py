@@ -119,16 +119,25 @@ def test_a_second_generate_compiles_nothing(model, ids):
     assert first.dtype == jnp.int32 and (first == second).all()
 
 
-def test_lengths_and_paddings_share_a_compilation(model):
+STRATEGIES = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 2},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 2},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_lengths_and_paddings_share_a_compilation(model, strategy):
     """Prompt lengths and numbers of new tokens in the same buckets, padded on either side or not."""
+    options = {**STRATEGIES[strategy], "eos_token_id": None}
     row = list(range(3, 13))
-    counts = set()
-    for length, count in ((2, 3), (5, 3), (9, 4), (9, 17)):
-        for pads in ((0, 0), (1, 0), (0, 1)):
-            prompt = [[1] * pads[0] + row[:length] + [1] * pads[1]]
-            model.generate(prompt, max_new_tokens=count, eos_token_id=None)
-            counts.add(compiled_run._cache_size())
-    assert len(counts) == 1
+    sizes = set()
+    for length, count, left, right in ((2, 3, 0, 0), (5, 3, 1, 0), (9, 4, 0, 1), (9, 17, 0, 0)):
+        prompt = [[1] * left + row[:length] + [1] * right]
+        model.generate(prompt, max_new_tokens=count, **options)
+        sizes.add(compiled_run._cache_size())
+    assert len(sizes) == 1
 
 
 def test_generate_inside_another_jit(model, ids):

@@ -141,7 +141,7 @@ def record(name: str, path: Path) -> None:
         arrays[f"{key}/facts"] = np.array(json.dumps(facts))
         print(name, key, f"attempt {trial + 1}")
     arrays["versions"] = np.array(f"transformers {transformers.__version__}, {torch.__version__}")
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **arrays)
 
 

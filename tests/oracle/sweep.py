@@ -44,6 +44,9 @@ def random_options(rng: np.random.Generator, vocab: int) -> dict[str, Any]:
         )
         if rng.random() < 0.2 and fits:
             options[name] = values
+    if {"suppress_tokens", "forced_eos_token_id"} <= options.keys():
+        forced = options["forced_eos_token_id"]
+        options["suppress_tokens"] = [t for t in options["suppress_tokens"] if t != forced]
     return options
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks.random_checkpoint import write_random_checkpoint
 from tests.oracle.jobs import CONFIGS, Job, run_ours, run_peer
-from tests.oracle.record import record
 from tests.oracle.sweep import PAD, random_options
 
 pytestmark = pytest.mark.oracle
@@ -71,4 +70,3 @@ def test_random_settings(framework, jobs, expected, tmp_path):
         for seed, (options, tokens, new) in wrong.items()
     )
     assert compared >= 0.6 * NUM_SETTINGS
-    record("random settings of generate", framework, compared, 0.0)

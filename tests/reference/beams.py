@@ -83,13 +83,16 @@ class Group:
 
 def beam_search(
     plan: DecodePlan, log_probs: LogProbs, noise: Array | None, stop: int
-) -> list[Beam]:
+) -> tuple[list[Beam], int]:
     """The best sequences, the best first, each with an end wherever there is room for it.
 
     Args:
         plan: whose only processor may be `Diversity`.
         noise: [steps, beams, V], of sampling.
         stop: the step after which all beams are taken as they are.
+
+    Returns:
+        The sequences, and the number of steps.
     """
     strategy = plan.strategy
     size = strategy.rows // strategy.num_groups
@@ -115,4 +118,5 @@ def beam_search(
         for beam in () if group.done else group.beams:
             group.add(plan, beam, step)
     found = [beam for group in groups for beam in group.ended]
-    return sorted(found, key=lambda beam: beam.score)[: -plan.num_return_sequences - 1 : -1]
+    found = sorted(found, key=lambda beam: beam.score)[: -plan.num_return_sequences - 1 : -1]
+    return found, step

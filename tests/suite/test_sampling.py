@@ -98,7 +98,8 @@ class Specification:
             return self.processed(log_softmax(self.logits(tuple(new))), tuple(new))
 
         plan = replace(self.plan, processors=())
-        return [beam.tokens for beam in beam_search(plan, log_probs, noise, STEPS)]
+        beams, _ = beam_search(plan, log_probs, noise, STEPS)
+        return [beam.tokens for beam in beams]
 
 
 @pytest.mark.parametrize("setting", SAMPLINGS)

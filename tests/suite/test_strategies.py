@@ -91,31 +91,55 @@ def recorded(model: str, setting: str) -> Recorded:
 SETTINGS = tuple(key.removesuffix("/facts") for key in arrays(MODELS[0]) if key.endswith("/facts"))
 #: Columns of a batch count its padding, as they do in the reference.
 BY_COLUMN = "greedy/forced_decoder_ids"
-#: Compiling is what takes time: with beams, where each processor is like that of greedy decoding,
-#: only some are run by the backends that compile.
-PROCESSORS = {key.removeprefix("greedy/") for key in SETTINGS if key.startswith("greedy/")}
-SLOW = {f"beam/{name}" for name in PROCESSORS - {"plain", "several", "forced_bos"}}
-SLOW |= {"beam/two", "beam/long", "beam/never_long"}
+#: Compiling is what takes time: the settings that backends which compile run, each on one model. The
+#: processors are alike whatever the strategy, and are tested by themselves.
+COMPILED = (
+    "greedy/plain",
+    "greedy/bad_words",
+    "greedy/encoder_repetition_penalty",
+    "greedy/min_new_tokens",
+    "greedy/forced_eos",
+    "greedy/begin_suppress",
+    "greedy/decay",
+    "greedy/several",
+    "greedy/prefix",
+    "greedy/guidance",
+    "greedy/negative",
+    "beam/several_eos",
+    "beam/four",
+    "beam/early",
+    "beam/never",
+    "beam/several",
+    "group/eos",
+    "group/several",
+    "contrastive/eos",
+    "contrastive/low_memory",
+    "contrastive/several",
+)
 
 
-def models_for(backend: Backend, setting: str) -> tuple[str, ...]:
-    """Those that a setting is run on: both by torch, which compiles nothing, else one after the other."""
+def models_for(
+    backend: Backend, setting: str, compiled: tuple[str, ...] = COMPILED
+) -> tuple[str, ...]:
+    """Both by torch, which compiles nothing; else one for each of `compiled`."""
     if backend.name == "torch":
         return MODELS
-    return () if setting in SLOW else (MODELS[SETTINGS.index(setting) % 2],)
+    if setting not in compiled:
+        pytest.skip("a program more")
+    return (MODELS[compiled.index(setting) % 2],)
 
 
 def new_tokens(backend: Backend, model: Any, columns: int, **arguments: Any) -> list[list[int]]:
     return backend.generate(model, **arguments)[:, columns:].tolist()
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", [key for key in SETTINGS if key != BY_COLUMN])
 def test_rows_in_batches_are_the_references_rows_alone(
     backend: Backend, models: Any, setting: str
 ) -> None:
     for name in models_for(backend, setting):
         golden = recorded(name, setting)
-        for side in ("left", "right") if setting != BY_COLUMN else ():
+        for side in ("left", "right"):
             batch = golden.batch(side)
             columns = batch["input_ids"].shape[1]
             found = new_tokens(backend, models(name), columns, **batch, **golden.options)
@@ -124,9 +148,7 @@ def test_rows_in_batches_are_the_references_rows_alone(
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_each_row_alone(backend: Backend, models: Any, setting: str) -> None:
-    if backend.name != "torch" and setting not in (BY_COLUMN, "beam/eos", "contrastive/eos"):
-        pytest.skip("a program more for each setting; the batches hold the same rows")
-    for name in models_for(backend, setting):
+    for name in models_for(backend, setting, (BY_COLUMN, "beam/eos")):
         golden = recorded(name, setting)
         for row, expected in enumerate(golden.rows):
             arguments = golden.alone(row)
@@ -141,10 +163,9 @@ WITH_BEAMS = tuple(key for key in SETTINGS if key.startswith(("beam/", "group/")
 
 @pytest.mark.parametrize("setting", dict.fromkeys((*SCORED, *WITH_BEAMS)))
 def test_scores_and_beam_indices(backend: Backend, models: Any, setting: str) -> None:
-    few = ("greedy/plain", "greedy/guidance", "beam/short", "group/early", "contrastive/plain")
-    if backend.name != "torch" and setting not in few:
-        pytest.skip("a program more for each setting")
-    for name in models_for(backend, setting):
+    for name in models_for(
+        backend, setting, ("greedy/guidance", "beam/short", "contrastive/plain")
+    ):
         golden = recorded(name, setting)
         batch = golden.batch("left")
         output = backend.generate_output(
@@ -199,34 +220,30 @@ def _indices(golden: Recorded, shape: tuple[int, ...]) -> list[list[int]]:
 CONTINUED = ("greedy/plain", "beam/eos", "group/eos", "contrastive/plain")
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("setting", CONTINUED)
-def test_embeddings_instead_of_ids(backend: Backend, models: Any, setting: str, side: str) -> None:
+def test_embeddings_instead_of_ids(backend: Backend, models: Any, setting: str) -> None:
     """The new tokens alone come back, as there are none of the prompts."""
-    name = MODELS[1]  # whose word embeddings are narrower than its hidden states
-    golden = recorded(name, setting)
-    batch = golden.batch(side)
-    table = case(name).weights["model.decoder.embed_tokens.weight"]
-    found = backend.generate(
-        models(name),
-        inputs_embeds=table[batch["input_ids"]],
-        attention_mask=batch["attention_mask"],
-        **golden.options,
-    )
-    assert found.tolist() == golden.expected()
+    for name in models_for(backend, setting, ("group/eos", "contrastive/plain")):
+        golden = recorded(name, setting)
+        table = case(name).weights["model.decoder.embed_tokens.weight"]
+        for side in ("left", "right"):
+            batch = golden.batch(side)
+            batch["inputs_embeds"] = table[batch.pop("input_ids")]
+            found = backend.generate(models(name), **batch, **golden.options)
+            assert found.tolist() == golden.expected(), f"{name}, padded on the {side}"
 
 
 @pytest.mark.parametrize("setting", CONTINUED[:3])
 def test_continuing_a_cache(backend: Backend, models: Any, setting: str) -> None:
     """A cache of all but the last two columns gives the same tokens as none."""
-    name = MODELS[0]
-    golden = recorded(name, setting)
-    batch = golden.batch("left")
-    first = {key: value[:, :-2] for key, value in batch.items()}
-    past = backend.forward(models(name), **first, use_cache=True)["raw"].past_key_values
-    columns = batch["input_ids"].shape[1]
-    options = {**golden.options, "past_key_values": past}
-    assert new_tokens(backend, models(name), columns, **batch, **options) == golden.expected()
+    for name in models_for(backend, setting, ("greedy/plain", "beam/eos")):
+        golden = recorded(name, setting)
+        batch = golden.batch("left")
+        first = {key: value[:, :-2] for key, value in batch.items()}
+        past = backend.forward(models(name), **first, use_cache=True)["raw"].past_key_values
+        columns = batch["input_ids"].shape[1]
+        options = {**golden.options, "past_key_values": past}
+        assert new_tokens(backend, models(name), columns, **batch, **options) == golden.expected()
 
 
 def test_contrastive_search_takes_no_cache(backend: Backend, models: Any) -> None:
@@ -241,7 +258,7 @@ def test_contrastive_search_takes_no_cache(backend: Backend, models: Any) -> Non
 
 @pytest.mark.parametrize("setting", ["greedy/forced_bos", "beam/forced_bos"])
 def test_no_prompt_is_the_beginning_of_a_text(backend: Backend, models: Any, setting: str) -> None:
-    name = MODELS[SETTINGS.index(setting) % 2]
+    name = MODELS[setting.startswith("beam")]
     golden = recorded(name, setting)
     found = backend.generate(models(name), None, **golden.options)
     assert found.tolist() == [[2, *row] for row in golden.expected()]

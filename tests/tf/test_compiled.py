@@ -13,6 +13,12 @@ from opt_tf import KVCache, TFOPTForCausalLM
 from tests.tolerances import assert_close
 
 jits = pytest.mark.parametrize("jit_compile", [False, True])
+STRATEGIES = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 2},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 2},
+}
 
 
 @jits
@@ -128,13 +134,14 @@ def traces(model):
     return [function.experimental_get_tracing_count() for function in model.compiled.values()]
 
 
-def test_lengths_and_paddings_share_a_compilation(model):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_lengths_and_paddings_share_a_compilation(model, strategy):
     """Prompt lengths and numbers of new tokens in the same buckets, padded on either side or not."""
+    options = {**STRATEGIES[strategy], "eos_token_id": None}
     row = list(range(3, 13))
-    for length, count in ((2, 3), (5, 3), (9, 4), (9, 17)):
-        for pads in ((0, 0), (1, 0), (0, 1)):
-            ids = [[1] * pads[0] + row[:length] + [1] * pads[1]]
-            model.generate(ids, max_new_tokens=count, eos_token_id=None)
+    for length, count, left, right in ((2, 3, 0, 0), (5, 3, 1, 0), (9, 4, 0, 1), (9, 17, 0, 0)):
+        ids = [[1] * left + row[:length] + [1] * right]
+        model.generate(ids, max_new_tokens=count, **options)
     assert traces(model) == [1]
 
 

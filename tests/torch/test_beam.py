@@ -51,5 +51,5 @@ def test_finds_what_the_search_with_lists_finds(case: str) -> None:
 
 
 def test_who_watches_sees_the_beams_and_ends_those_of_one_prompt() -> None:
-    plan, watch = plan_for("groups"), Stopper(step=3)
+    plan, watch = plan_for("groups at once"), Stopper(step=2)
     watch.check(plan, decode(plan, watch=watch))

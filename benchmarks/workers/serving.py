@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every worker of `benchmarks/decode.py` shares: it loads a model and answers lines of JSON.
+
+A worker runs in the environment of whom it stands for, so this file needs numpy and nothing else. It
+prints one line when it is ready, then one line for each line that it reads:
+
+    {"operation": "prepare", "batch": 8}
+    {"operation": "generate", "prompts": [[5, 6], ...], "new_tokens": 64}
+    {"operation": "logits", "prompts": [[5, 6], ...], "new_tokens": 64, "path": "logits.npy"}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Tokens = list[list[int]]
+
+
+class Contestant:
+    """A loaded model that decodes greedily and never ends early."""
+
+    #: The modules whose versions tell what was measured.
+    modules: tuple[str, ...] = ()
+
+    def prepare(self, batch: int) -> None:
+        """Gets ready for so many rows, before the clock runs; most have nothing to do."""
+
+    def generate(self, prompts: Tokens, new_tokens: int) -> Tokens:
+        """The new tokens alone."""
+        raise NotImplementedError
+
+    def logits(self, prompts: Tokens, new_tokens: int) -> np.ndarray:
+        """[steps, B, V]: what each step of `generate` chose from."""
+        raise NotImplementedError
+
+
+def serve(load: Callable[..., Contestant]) -> None:
+    """Loads by the command's arguments, then answers until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed goes to the log
+
+    def say(**answer: Any) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
+    start = time.perf_counter()
+    contestant = load(*sys.argv[1:])
+    seconds = time.perf_counter() - start
+    versions = {name: sys.modules[name].__version__ for name in contestant.modules}
+    say(seconds=seconds, versions=versions)
+    for line in sys.stdin:
+        say(**answer(contestant, **json.loads(line)))
+
+
+def answer(contestant: Contestant, operation: str, **request: Any) -> dict[str, Any]:
+    """Carries one request out; "seconds" is the operation's own time."""
+    path = request.pop("path", None)
+    method = {
+        "prepare": contestant.prepare,
+        "generate": contestant.generate,
+        "logits": contestant.logits,
+    }[operation]
+    start = time.perf_counter()
+    result = method(**request)
+    seconds = time.perf_counter() - start
+    if operation == "logits":
+        np.save(path, result)
+        result = None
+    return {"seconds": seconds, "result": result}
