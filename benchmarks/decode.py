@@ -16,35 +16,32 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import psutil
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))  # runs in a source tree, installed or not
+sys.path.insert(0, str(Path(__file__).parent.parent))  # runs in a source tree, installed or not
 
-from benchmarks.contest import LostError, Worker, agreement, logits_error, race
-from benchmarks.decode_report import Entry, Race, environment, plot, show
-from benchmarks.decode_table import BANDWIDTH, COLUMNS, JOBS, SCALES, SIZES, Job, Program
+from benchmarks.decode_race import Pool, idle_cost, run_job
+from benchmarks.decode_report import Race, report, write_plot
+from benchmarks.decode_table import COLUMNS, JOBS, SCALES, SIZES
 from benchmarks.random_checkpoint import write_random_checkpoint
 from opt_core import OPTConfig
 
 ROUNDS = 5
-#: How often the first contestant runs before the others start, to see whether they slow it.
-ALONE = 3
 
 
 def write_checkpoint(folder: Path, size: str) -> Path:
     """A random checkpoint with the tokenizer files that CTranslate2's converter wants."""
     checkpoint = folder / size
-    if not (checkpoint / "tokenizer_config.json").exists():
+    last = checkpoint / "tokenizer_config.json"
+    if not last.exists():
         config = OPTConfig.preset(size)
         write_random_checkpoint(checkpoint, config, scale=SCALES[size])
         words = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
@@ -53,99 +50,73 @@ def write_checkpoint(folder: Path, size: str) -> Path:
         (checkpoint / "merges.txt").write_text("#version: 0.2\n")
         special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}
         tokenizer = {"tokenizer_class": "GPT2Tokenizer", "pad_token": "<pad>", **special}
-        (checkpoint / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+        last.write_text(json.dumps(tokenizer))
     return checkpoint
 
 
-class Pool:
-    """The workers of one column and size, each started when it is first needed."""
-
-    def __init__(self, checkpoint: Path, peers: Path, stack: ExitStack) -> None:
-        self.checkpoint, self.peers, self.stack = checkpoint, peers, stack
-        self.workers: dict[str, Worker] = {}
-        self.absent: dict[str, str] = {}
-
-    def get(self, name: str, program: Program) -> Worker | None:
-        """The worker of that name; None for one that cannot be had, whose reason is in `absent`."""
-        if name not in self.workers and name not in self.absent:
-            try:
-                worker = self._start(name, program)
-            except LostError as error:
-                self.absent[name] = str(error)
-            else:
-                self.workers[name] = self.stack.enter_context(worker)
-        return self.workers.get(name)
-
-    def _start(self, name: str, program: Program) -> Worker:
-        if self.checkpoint.name not in program.sizes:
-            raise LostError(f"has no {self.checkpoint.name}")
-        python = Path(sys.executable)
-        variables = dict(program.variables)
-        if program.environment:
-            python = self.peers / program.environment / "bin" / "python"
-            variables["PYTHONPATH"] = ""
-        if not python.exists():
-            raise LostError(f"no environment {program.environment}: run `make bench-decode`")
-        script = HERE / "workers" / f"{program.script}.py"
-        arguments = [str(self.checkpoint), *program.arguments]
-        if program is BANDWIDTH:
-            arguments = []
-        log = self.checkpoint.parent / f"{name}.log"
-        print(f"  starting {name}", file=sys.stderr, flush=True)
-        return Worker([str(python), str(script), *arguments], variables, log)
+def environment() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "memory": psutil.virtual_memory().total,
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
 
 
-def prompts(job: Job) -> list[list[int]]:
-    """The same random prompts for everyone, without special tokens."""
-    rng = np.random.default_rng([job.batch, job.prompt])
-    return rng.integers(4, 50000, (job.batch, job.prompt)).tolist()
-
-
-def run_job(pool: Pool, size: str, column: str, name: str, rounds: int) -> Race:
-    """First calls, the comparison of tokens, then the rounds."""
-    job, programs = JOBS[name], COLUMNS[column]
-    request = {"prompts": prompts(job), "new_tokens": job.new}
-    entries: dict[str, Entry] = {}
-    tokens: dict[str, list[list[int]]] = {}
-    alone: list[float] = []
-    for each in (each for each in job.names if each in programs):
-        is_first = not pool.workers
-        worker = pool.get(each, programs[each])
-        if worker is None:
-            continue
-        try:
-            prepared = worker.ask("prepare", batch=job.batch)["seconds"]
-            first = worker.ask("generate", **request)
-        except LostError as error:
-            del pool.workers[each]
-            pool.absent[each] = str(error)
-            continue
-        tokens[each] = first["result"]
-        entries[each] = Entry(
-            versions=worker.ready["versions"],
-            load=worker.ready["seconds"],
-            prepare=prepared,
-            first=first["seconds"],
-        )
-        if is_first:
-            alone = race({each: worker}, ALONE, [worker], **request)[each]
-    if "ours" not in entries:
-        raise SystemExit(f"ours in {column} cannot run: {pool.absent['ours']}")
-    compare(pool, programs, job, request, tokens, entries)
-    bandwidth = pool.get("bandwidth", BANDWIDTH)
-    if bandwidth is None:
-        raise SystemExit(f"bandwidth cannot be measured: {pool.absent['bandwidth']}")
-    racing = {each: pool.workers[each] for each, entry in entries.items() if not entry.differs}
-    racing["bandwidth"] = bandwidth
-    seconds = race(racing, rounds, pool.workers.values(), **request)
-    reads = seconds.pop("bandwidth")
-    for each, times in seconds.items():
-        entries[each].seconds.extend(times)
-    absent = {each: why for each, why in pool.absent.items() if each in job.names}
-    return Race(
-        size, column, name, entries, absent, statistics.median(reads), pool.workers_alone(alone)
-    )
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All races, as the JSON file holds them."""
+    races: list[Race] = []
+    beside: dict[str, float] = {}
+    for size in options.size or SIZES:
+        checkpoint = write_checkpoint(folder, size)
+        for column in options.column or COLUMNS:
+            with ExitStack() as stack:
+                pool = Pool(checkpoint, COLUMNS[column], options.peers, stack)
+                for job in options.job or JOBS:
+                    races.append(run_job(pool, column, job, options.rounds))
+                    print(report(races[-1:]), flush=True)
+                beside[f"{size} {column}"] = idle_cost(pool)
+                print(
+                    f"ours beside idle workers: {beside[f'{size} {column}']:.2f}x its time alone\n"
+                )
+    found = {"environment": environment(), "rounds": options.rounds, "beside": beside}
+    return found | {"races": [asdict(each) for each in races]}
 
 
 def main() -> int:
-    raise SystemExit
+    """Measures what the arguments ask for; returns 1 if tokens differ that should not."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--size", action="append", choices=SIZES)
+    parser.add_argument("--column", action="append", choices=[*COLUMNS])
+    parser.add_argument("--job", action="append", choices=[*JOBS])
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="(default: %(default)s)")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        default=Path(os.environ.get("OPT_ZOO_PEERS", ".cache/oracle")),
+        help="the folder of the peers' environments (default: OPT_ZOO_PEERS)",
+    )
+    parser.add_argument("--checkpoints", type=Path, help="a folder to keep the checkpoints in")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--plot", type=Path, help="where to draw them (.svg or .png)")
+    options = parser.parse_args()
+    options.peers = options.peers.absolute()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.checkpoints or Path(temporary)).absolute()
+        found = measure(options, folder)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.plot:
+        write_plot(found, options.plot)
+    return 1 if any(race["differing"] for race in found["races"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -57,7 +57,9 @@ class Program:
     exact: bool = True  # its tokens must be ours
 
 
-BANDWIDTH = Program("bandwidth")
+#: Bytes to sum up, more than caches hold.
+ARRAY = 2**30
+BANDWIDTH = Program("bandwidth", (str(ARRAY),))
 CTRANSLATE2 = {
     "CTranslate2": Program("ct2", ("float32",), "ct2"),
     "CTranslate2 int8": Program("ct2", ("int8",), "ct2", exact=False),

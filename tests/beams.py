@@ -37,7 +37,7 @@ CASES: dict[str, tuple[int, int, float, bool | str, tuple[int, ...]]] = {
     "sampled, many ends": (2, 1, 1.0, False, (1, 4, 5, 6)),
 }
 #: Those for backends where each of them is a program to compile.
-COMPILED_CASES = ("at once", "groups of one", "sampled, many ends")
+COMPILED_CASES = ("groups at once", "groups of one", "sampled, many ends")
 
 
 def plan_for(case: str) -> DecodePlan:

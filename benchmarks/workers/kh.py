@@ -102,9 +102,7 @@ def assign(backbone: OPTBackbone, tensors: dict[str, np.ndarray]) -> None:
     assign_norm(backbone.layer_norm, tensors, prefix + "final_layer_norm")
 
 
-def assign_norm(
-    layer: keras.layers.Layer, tensors: dict[str, np.ndarray], name: str
-) -> None:
+def assign_norm(layer: keras.layers.Layer, tensors: dict[str, np.ndarray], name: str) -> None:
     layer.gamma.assign(tensors[name + ".weight"])
     layer.beta.assign(tensors[name + ".bias"])
 
