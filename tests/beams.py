@@ -100,7 +100,7 @@ def check(
         [*(i + row for i in b.indices), *[-1] * (width - len(b.indices))]
         for b, row in zip(beams, first.tolist(), strict=True)
     ]
-    assert int(found.count) == max(len(beam.tokens) for beam in beams)
+    assert int(found.length) == max(len(beam.tokens) for beam in beams)
     return max(steps for _, steps in searches)
 
 

@@ -259,8 +259,8 @@ def decoded(plan: DecodePlan, state: BeamState) -> Decoded:
     )
     found = found.best(plan.num_return_sequences)
     found = Hypotheses(*(tf.reshape(tf.reverse(x, [2]), (-1, *x.shape[3:])) for x in found))
-    count = tf.reduce_max(found.lengths)
-    return Decoded(found.tokens, count, state.rows.cache, found.scores, found.indices)
+    length = tf.reduce_max(found.lengths)
+    return Decoded(found.tokens, length, state.rows.cache, found.scores, found.indices)
 
 
 def _is_end(plan: DecodePlan, tokens: Tensor) -> Tensor:

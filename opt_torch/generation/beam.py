@@ -255,8 +255,8 @@ def decoded(plan: DecodePlan, state: BeamState) -> Decoded:
     found = Hypotheses(*(x.reshape(len(x), 1, -1, *x.shape[3:]) for x in state.hypotheses))
     found = found.best(plan.num_return_sequences)
     found = Hypotheses(*(x.flip(2).reshape(-1, *x.shape[3:]) for x in found))
-    count = int(found.lengths.max())
-    return Decoded(found.tokens, count, state.rows.cache, found.scores, found.indices)
+    length = int(found.lengths.max())
+    return Decoded(found.tokens, length, state.rows.cache, found.scores, found.indices)
 
 
 def _is_end(plan: DecodePlan, tokens: Tensor) -> Tensor:
