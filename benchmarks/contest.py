@@ -7,6 +7,7 @@ computes, the others wait in a read; threads that spin for a while after their w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -55,14 +56,9 @@ class Worker:
     def ask(self, operation: str, **request: Any) -> dict[str, Any]:
         """One request and its answer; raises LostError."""
         if self.process.stdin is not None:
-            try:
-                print(
-                    json.dumps({"operation": operation, **request}),
-                    file=self.process.stdin,
-                    flush=True,
-                )
-            except BrokenPipeError:
-                pass  # the answer says why
+            line = json.dumps({"operation": operation, **request})
+            with contextlib.suppress(BrokenPipeError):  # the answer says why
+                print(line, file=self.process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
         Raises:
             InputError: arguments that do not fit each other or the model.
         """
-        return self._apply(
+        return self._call(
             params,
             dropout_rng,
             deterministic if train is None else not train,

@@ -351,7 +351,7 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
         Raises:
             InputError: arguments that do not fit each other or the model.
         """
-        return self._apply(
+        return self._call(
             params,
             dropout_rng,
             deterministic if train is None else not train,

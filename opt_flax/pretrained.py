@@ -221,7 +221,7 @@ class FlaxOPTPreTrainedModel:
     def _given(self, params: Mapping[str, Any] | None) -> Mapping[str, Any]:
         return self.params if params is None else params
 
-    def _apply(
+    def _call(
         self,
         params: Mapping[str, Any] | None,
         dropout_rng: Array | None,

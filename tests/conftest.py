@@ -6,6 +6,7 @@ Three runtimes in one process fight over threads and memory, so a process tests 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import shutil
 from collections.abc import Callable
@@ -31,6 +32,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=BACKENDS[0],
         help="the framework that tests/suite runs on (default: %(default)s)",
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lasting_objects() -> None:
+    """Spares the collector of garbage what the modules before have left, programs by the thousand.
+
+    Keras collects all garbage after each layer that it quantizes: a second, each time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -34,21 +34,26 @@ NAMES: dict[tuple[str, str, str], str] = {
     ("tf", "cache.py", "_swap_axes"): "torch and numpy have it as a method",
     (
         "tf",
-        "generation/generate.py",
-        "_SMALLEST BUCKET bucketed",
-    ): "lengths are padded so that few are compiled",
-    ("tf", "generation/generate.py", "compiled"): GRAPH,
-    ("tf", "generation/generate.py", "_randomness"): "a graph takes its randomness as an argument",
+        "generation/decode.py",
+        "compiled _compiled_while",
+    ): "TensorFlow remembers no compiled functions, and its loops no fields that are None",
+    ("tf", "generation/generate.py", "_SMALLEST _gumbel"): "its own draws differ when compiled",
     (
         "tf",
-        "generation/processors.py",
+        "generation/*.py",
         "_MINUS_INF is_any_of",
     ): "named operations that torch has built in",
+    ("*", "generation/decode.py", "forward"): "the part of a step that is compiled alone",
+    ("*", "generation/generate.py", "compiled_run"): "the loop is compiled as a whole",
+    ("*", "generation/generate.py", "_randomness"): "a graph takes its randomness as an argument",
+    ("*", "generation/assisted.py", "_filled"): "few numbers of proposals are compiled",
+    ("flax", "generation/generate.py", "_array"): "numpy reads arrays of JAX as they are",
     ("tf", "heads.py", "*.compute_logits *.compute_loss"): "Keras' fit asks the model for its loss",
     ("tf", "model.py", "OPTDecoder._check"): "checked in inputs.py, before Keras converts them",
     ("tf", "model.py", "OPTDecoder._next_seed"): "dropout is stateless: right under recomputation",
     ("tf", "model.py", "OPTDecoder._keeps_layer"): GRAPH,
     ("tf", "model.py", "OPTDecoder._fit"): GRAPH,
+    ("*", "pretrained.py", "OPTPreTrainedModel._apply"): STATE,
     ("tf", "pretrained.py", "OPTPreTrainedModel.forward"): "TensorFlow's three ways to pass inputs",
     ("tf", "pretrained.py", "OPTPreTrainedModel.dummy_inputs"): "what a Keras model is exported on",
     ("tf", "pretrained.py", "*.get_config *.from_config"): SAVED,
@@ -61,9 +66,6 @@ NAMES: dict[tuple[str, str, str], str] = {
     ("tf", "weights.py", "to_tensor from_numpy"): STATE,
     ("*", "activations.py", "gelu"): "the framework's own default is the approximation",
     ("flax", "attention.py", "Dropout"): "a kernel is given its random numbers as a function",
-    ("flax", "cache.py", "KVCache.with_capacity"): "a fixed shape, whatever the cache was",
-    ("flax", "generation/decode.py", "last_logits"): LINEN,
-    ("flax", "generation/generate.py", "_draw"): "a compiled loop draws from a key",
     ("flax", "heads.py", "OPTForCausalLM.* OPTForCausalLMModule*"): LINEN,
     ("flax", "layers.py", "OPTLearnedPositionalEmbedding.__init__"): LINEN,
     ("flax", "model.py", "OPTDecoderLayers*"): "gives the layers the names 0, 1, ... of the files",
@@ -72,7 +74,7 @@ NAMES: dict[tuple[str, str, str], str] = {
         "flax",
         "pretrained.py",
         "*.post_init *.tie_weights *.get_*put_embeddings *.dtype *.device *.init_weights *.params "
-        "*._given *._apply _available",
+        "*._given *._call _available",
     ): LINEN,
     (
         "flax",
@@ -91,7 +93,6 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "attn_implementation": "handed on among Keras' own arguments",
         "training": "Keras' word for a mode that torch keeps in the module",
         "device": "TensorFlow places tensors by itself",
-        "query_length": GRAPH,
     },
     "flax": {
         "config": LINEN,
@@ -100,8 +101,6 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "param_dtype": "and stores in another",
         "deterministic": "Linen's word for a mode that torch keeps in the module",
         "device": "jax places arrays by itself",
-        "query_length": GRAPH,
-        "total": GRAPH,
         "model": LINEN,
         "module": LINEN,
         "params": LINEN,
@@ -118,24 +117,24 @@ SIGNATURES: dict[tuple[str, str, str], str] = {
     ("*", "heads.py", "OPTForCausalLM.forward"): "the reference's order in that framework",
     ("flax", "model.py", "OPTModel.forward"): "the reference's order in that framework",
     ("*", "model.py", "OPTDecoder._bias"): GRAPH,
-    ("tf", "generation/generate.py", "_noise"): "a graph takes its randomness as an argument",
+    ("*", "generation/generate.py", "_noise"): "a graph takes its randomness as an argument",
     ("tf", "weights.py", "to_numpy"): "a Keras kernel is stored transposed",
 }
 
 #: What each framework has but not quite as OPT needs it: little that two of them share.
-PARTS = "parts.py"
+PARTS = {"parts.py", "decoding_weights.py"}
 TORCH = [
     file
     for path in sources("opt_torch")
-    if (file := path.relative_to(ROOT / "opt_torch").as_posix()) != PARTS
+    if (file := path.relative_to(ROOT / "opt_torch").as_posix()) not in PARTS
 ]
 TWINS = [(backend, file) for backend in ("tf", "flax") for file in TORCH]
 #: A file of torch's own: the vendor's kernels.
 TORCH_ONLY = {"flash.py"}
 #: Files of one backend for what the other frameworks have built in.
 OWN_FILES: dict[str, set[str]] = {
-    "tf": {"_keras.py", "inputs.py", PARTS},
-    "flax": {PARTS},
+    "tf": {"_keras.py", "inputs.py", *PARTS},
+    "flax": PARTS,
 }
 
 

@@ -42,7 +42,7 @@ def test_beams_and_figures(opt_zoo: Runner) -> None:
     done = opt_zoo(*SUM, "--strategy", "beam", "--num-return-sequences", "2", "--json", "--stats")
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
-    assert [row["text"] for row in rows][0] == " fifty-nine" and len(rows) == 2
+    assert rows[0]["text"] == " fifty-nine" and len(rows) == 2
     assert "tokens/s" in done.stderr
 
 

@@ -66,15 +66,17 @@ def test_gradient_is_the_slope(model, ids, kernel):
     """Against a difference quotient along one direction in the space of all parameters."""
     other = FlaxOPTForCausalLM(model.config, _do_init=False, attn_implementation=kernel)
     loss = jax.jit(lambda p: other(ids, params=p, labels=ids).loss)
-    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(model.params))))
-    direction = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), model.params)
-    gradient = jax.jit(jax.grad(loss))(model.params)
+    random, params = np.random.default_rng(0), jax.tree.map(np.asarray, model.params)
+    direction = jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32), params)
+    gradient = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(params))
     products = jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)
     slope = sum(jax.tree.leaves(products))
-    step = 1e-3
-    ahead = loss(jax.tree.map(lambda p, d: p + step * d, model.params, direction))
-    behind = loss(jax.tree.map(lambda p, d: p - step * d, model.params, direction))
-    assert float(slope) == pytest.approx(float(ahead - behind) / (2 * step), rel=0.02, abs=0.02)
+    step = np.float32(1e-3)
+    ahead = loss(jax.tree.map(lambda p, d: p + step * d, params, direction))
+    behind = loss(jax.tree.map(lambda p, d: p - step * d, params, direction))
+    assert float(slope) == pytest.approx(
+        float(ahead - behind) / (2 * float(step)), rel=0.02, abs=0.02
+    )
 
 
 @pytest.mark.parametrize("masked", [True, False])

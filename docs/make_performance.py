@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the tables of docs/performance.md and README.md from what `make bench-decode` has measured.
+
+python docs/make_performance.py            # after `make bench-decode`
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # runs in a source tree, installed or not
+
+from benchmarks.decode_report import (
+    Race,
+    errors_table,
+    job_table,
+    peers_table,
+    races_of,
+    summary_table,
+)
+from benchmarks.decode_table import JOBS
+from docs.make_numerics import BEGIN, replace_block
+
+FIGURES = ROOT / "benchmarks" / "results" / "decode.json"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+
+
+def machine(found: Mapping[str, Any]) -> str:
+    """What it was measured on."""
+    environment = found["environment"]
+    versions = {
+        f"{name} {version}"
+        for race in races_of(found)
+        for entry in race.entries.values()
+        for name, version in entry.versions.items()
+    }
+    bandwidths = sorted(race.bandwidth / 1e9 for race in races_of(found))
+    beside = max(found["beside"].values())
+    return (
+        f"- {environment['processor']}, {environment['cores']} cores, "
+        f"{environment['memory'] / 2**30:.0f} GiB, {environment['system']}, "
+        f"Python {environment['python']}.\n"
+        f"- Reading memory: {bandwidths[0]:.0f} to {bandwidths[-1]:.0f} GB/s.\n"
+        f"- {found['rounds']} rounds. Beside the waiting others, ours took at most {beside:.2f} times "
+        "as long as alone.\n"
+        f"- {', '.join(sorted(versions))}.\n"
+    )
+
+
+def details(races: Sequence[Race]) -> str:
+    """Every job of every size: ours, then the peers."""
+    parts = []
+    for size in dict.fromkeys(race.size for race in races):
+        for job, what in JOBS.items():
+            chosen = [race for race in races if (race.size, race.job) == (size, job)]
+            if chosen:
+                parts += [
+                    f"### {size}: {what.title}\n",
+                    job_table(chosen, job),
+                    peers_table(chosen),
+                ]
+    return "\n".join(parts)
+
+
+def blocks(found: Mapping[str, Any]) -> dict[str, str]:
+    """The text of each block by its name."""
+    races = races_of(found)
+    return {
+        "machine": machine(found),
+        "decoding": summary_table(races),
+        "errors": errors_table(races),
+        "details": details(races),
+    }
+
+
+def pages() -> dict[Path, str]:
+    """Every page with its blocks filled in."""
+    contents = blocks(json.loads(FIGURES.read_text()))
+    texts = {}
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for name, content in contents.items():
+            if BEGIN.format(name) in text:
+                text = replace_block(text, name, content)
+        texts[page] = text
+    return texts
+
+
+def main() -> None:
+    for page, text in pages().items():
+        page.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
