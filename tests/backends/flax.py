@@ -126,7 +126,7 @@ class FlaxBackend(Backend):
             )
 
         found = run() if watch is not None else jax.jit(run)()
-        return np.asarray(found.tokens), int(found.count), int(found.cache)
+        return np.asarray(found.tokens), int(found.length), int(found.cache)
 
     def process(
         self,

@@ -138,7 +138,7 @@ class TFBackend(Backend):
             )
 
         found = run() if watch is not None else tf.function(run, jit_compile=True)()
-        return found.tokens.numpy(), int(found.count), int(found.cache)
+        return found.tokens.numpy(), int(found.length), int(found.cache)
 
     def process(
         self,

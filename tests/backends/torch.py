@@ -127,7 +127,7 @@ class TorchBackend(Backend):
             None if noise is None else torch.from_numpy(noise).__getitem__,
             watch,
         )
-        return found.tokens.numpy(), found.count, found.cache
+        return found.tokens.numpy(), found.length, found.cache
 
     def process(
         self,

@@ -24,6 +24,9 @@ def model(request: pytest.FixtureRequest) -> FlaxOPTForCausalLM:
     return FlaxOPTForCausalLM.from_pretrained(GOLDEN / "cases" / request.param)
 
 
+one_model = pytest.mark.parametrize("model", CASES[:1], indirect=True)
+
+
 @pytest.fixture(scope="module")
 def ids(model: FlaxOPTForCausalLM) -> jax.Array:
     return jax.random.randint(jax.random.key(1), (2, 7), 3, model.config.vocab_size)
@@ -112,6 +115,7 @@ def test_init_cache_draws_nothing(model):
     assert not any(leaf.any() for leaf in jax.tree.leaves(empty))
 
 
+@one_model
 def test_a_second_generate_compiles_nothing(model, ids):
     first = model.generate(ids, max_new_tokens=4, eos_token_id=None).sequences
     compiled = compiled_run._cache_size()
@@ -129,6 +133,7 @@ STRATEGIES = {
 }
 
 
+@one_model
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_lengths_and_paddings_share_a_compilation(model, strategy):
     """Prompt lengths and numbers of new tokens in the same buckets, padded on either side or not."""
@@ -142,6 +147,7 @@ def test_lengths_and_paddings_share_a_compilation(model, strategy):
     assert len(sizes) == 1
 
 
+@one_model
 def test_generate_inside_another_jit(model, ids):
     """There is no trimming there: rows that end early are filled up."""
     outside = model.generate(ids, max_new_tokens=5).sequences
@@ -154,6 +160,7 @@ def test_generate_inside_another_jit(model, ids):
     assert found.tolist() == [[*expected[0].tolist(), 1, 1, 1, 1]]
 
 
+@one_model
 def test_generate_draws_from_a_key_or_a_seed(model, ids):
     options = {"do_sample": True, "max_new_tokens": 6, "eos_token_id": None}
     seeded = model.generate(ids, seed=3, **options).sequences

@@ -92,14 +92,11 @@ SETTINGS = tuple(key.removesuffix("/facts") for key in arrays(MODELS[0]) if key.
 #: Columns of a batch count its padding, as they do in the reference.
 BY_COLUMN = "greedy/forced_decoder_ids"
 #: Compiling is what takes time: the settings that backends which compile run, each on one model. The
-#: processors are alike whatever the strategy, and are tested by themselves.
+#: processors are alike whatever the strategy, and are tested by themselves, all of them in one program.
 COMPILED = (
     "greedy/plain",
-    "greedy/bad_words",
     "greedy/encoder_repetition_penalty",
-    "greedy/min_new_tokens",
     "greedy/forced_eos",
-    "greedy/begin_suppress",
     "greedy/decay",
     "greedy/several",
     "greedy/prefix",
