@@ -35,7 +35,7 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
             name="model",
             dtype=self.dtype_policy,
         )
-        self.compiled: dict[Any, Any] = {}  # functions of `generate`
+        self.programs: dict[Any, Any] = {}  # functions of `generate`
         # A tied head is the word embedding again: no parameter of its own.
         self.lm_head: keras.layers.Dense | None = None
         if not config.tie_word_embeddings:

@@ -78,11 +78,11 @@ def forward(
 def compiled(model: Any, function: Callable[..., Any], *key: Any) -> Callable[..., Any]:
     """A function whose first arguments are the model and the key, compiled once for each of them."""
     place = (function, *key, len(model.variables))  # LoRA and quantization add variables
-    if place not in model.compiled:
-        model.compiled[place] = tf.function(
+    if place not in model.programs:
+        model.programs[place] = tf.function(
             partial(function, model, *key), jit_compile=True, autograph=False
         )
-    return model.compiled[place]
+    return model.programs[place]
 
 
 def prefill(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -> StepOutput:

@@ -131,7 +131,7 @@ def test_gradients_in_eager_graph_and_xla(model, inputs):
 
 def traces(model):
     """How often each compiled function of `generate` was traced."""
-    return [function.experimental_get_tracing_count() for function in model.compiled.values()]
+    return [function.experimental_get_tracing_count() for function in model.programs.values()]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
