@@ -31,19 +31,18 @@ def eager_attention(
     """Attention in plain operations, the only kernel that shows its weights and masks heads.
 
     Args:
-        query: [B, T, N, H], already scaled.
-        key, value: [B, S, N, H].
+        query: [B, N, T, H], already scaled.
+        key, value: [B, N, S, H].
         bias: [B or 1, 1, T, S] or None.
         is_causal: not used: the caller gives this kernel a bias instead.
         head_mask: [N], or any shape that broadcasts to [B, N, T, S].
         dropout: drops attention weights [B, N, T, S]; None drops none.
 
     Returns:
-        Context [B, T, N, H] and weights [B, N, T, S] (after the head mask, before dropout).
+        Context [B, N, T, H] and weights [B, N, T, S] (after the head mask, before dropout).
     """
     if bias is not None:
         query, bias = _without_blind_rows(query, bias)
-    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, N, T or S, H]
     scores = query @ key.swapaxes(2, 3)  # [B, N, T, S]
     if bias is not None:
         scores = scores + bias
@@ -53,7 +52,7 @@ def eager_attention(
     if head_mask is not None:
         weights = weights * head_mask.astype(weights.dtype)
     context = (weights if dropout is None else dropout(weights)) @ value  # [B, N, T, H]
-    return context.swapaxes(1, 2), weights
+    return context, weights
 
 
 def sdpa_attention(
@@ -68,14 +67,15 @@ def sdpa_attention(
     """JAX's fused attention; arguments and results as `eager_attention`, without weights."""
     if bias is not None:
         query, bias = _without_blind_rows(query, bias)
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, T or S, N, H]
     context = jax.nn.dot_product_attention(query, key, value, bias, is_causal=is_causal, scale=1.0)
-    return context, None
+    return context.swapaxes(1, 2), None
 
 
 def _without_blind_rows(query: Array, bias: Array) -> tuple[Array, Array]:
     """Lets a query that may see no key attend to all alike: exactly, in its gradient too."""
     blind = bias.max(-1, keepdims=True) < 0  # [B or 1, 1, T, 1]
-    return jnp.where(blind.swapaxes(1, 2), 0, query), jnp.where(blind, 0, bias)
+    return jnp.where(blind, 0, query), jnp.where(blind, 0, bias)
 
 
 AttentionKernel = Callable[..., tuple[Array, Array | None]]
@@ -116,20 +116,25 @@ class OPTAttention(nn.Module):
     ) -> tuple[Array, Array | None, LayerCache]:
         """[B, T, D] -> output [B, T, D], weights [B, N, T, S] or None, the extended cache."""
         # The query is scaled after its bias and before the product.
-        query = self._split_heads(self.q_proj(hidden_states) * self.scaling)  # [B, T, N, H]
-        key = self._split_heads(self.k_proj(hidden_states))  # [B, T, N, H]
-        value = self._split_heads(self.v_proj(hidden_states))  # [B, T, N, H]
+        query = self._split_heads(self.q_proj(hidden_states) * self.scaling)  # [B, N, T, H]
+        key = self._split_heads(self.k_proj(hidden_states))  # [B, N, T, H]
+        value = self._split_heads(self.v_proj(hidden_states))  # [B, N, T, H]
 
         cache = LayerCache(key, value)
         if past is not None:
             cache = past.extended(key, value, past_length)
-            key, value = cache.key, cache.value  # [B, S, N, H], whole buffers of a fixed cache
+            key, value = cache.key, cache.value  # [B, N, S, H], whole buffers of a fixed cache
 
         drops = not deterministic and self.config.attention_dropout > 0
         dropout = partial(self.dropout, deterministic=False) if drops else None
         context, weights = kernel(query, key, value, bias, is_causal, head_mask, dropout)
-        output = self.out_proj(context.reshape(hidden_states.shape))  # [B, T, D]
+        output = self.out_proj(self._join_heads(context))  # [B, T, D]
         return output, weights, cache
 
     def _split_heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.num_heads, self.head_dim)  # [B, T, D] -> [B, T, N, H]
+        x = x.reshape(*x.shape[:-1], self.num_heads, self.head_dim)
+        return x.swapaxes(1, 2)  # -> [B, N, T, H]
+
+    def _join_heads(self, x: Array) -> Array:
+        x = x.swapaxes(1, 2)
+        return x.reshape(*x.shape[:-2], -1)  # -> [B, T, D]

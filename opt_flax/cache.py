@@ -16,7 +16,7 @@ from jax.lax import dynamic_update_slice_in_dim
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class LayerCache:
-    """One layer's keys and values, each [B, S, N, H]."""
+    """One layer's keys and values, each [B, N, S, H]: what a head reads lies together."""
 
     key: Array
     value: Array
@@ -25,12 +25,12 @@ class LayerCache:
         """The cache with T more columns: appended, or written at column `length` of the buffers."""
         if length is None:
             return LayerCache(
-                jnp.concatenate([self.key, key], axis=1),
-                jnp.concatenate([self.value, value], axis=1),
+                jnp.concatenate([self.key, key], axis=2),
+                jnp.concatenate([self.value, value], axis=2),
             )
         return LayerCache(
-            dynamic_update_slice_in_dim(self.key, key.astype(self.key.dtype), length, axis=1),
-            dynamic_update_slice_in_dim(self.value, value.astype(self.value.dtype), length, axis=1),
+            dynamic_update_slice_in_dim(self.key, key.astype(self.key.dtype), length, axis=2),
+            dynamic_update_slice_in_dim(self.value, value.astype(self.value.dtype), length, axis=2),
         )
 
 
@@ -42,7 +42,7 @@ class KVCache(Sequence[tuple[Array, Array]]):
     A *growing* cache (`length` None) has just the columns in use, and is copied at each extension.
     A *fixed* cache has buffers for a maximal length, of which the first `length` columns are in use;
     its shapes stay the same, so that a compiled step serves all lengths. As a sequence, a cache is
-    the reference's `past_key_values`: per layer a pair (key, value), each [B, N, S, H].
+    the reference's `past_key_values`: per layer a pair (key, value), of the columns in use.
     """
 
     layers: tuple[LayerCache, ...]
@@ -50,7 +50,7 @@ class KVCache(Sequence[tuple[Array, Array]]):
 
     @classmethod
     def fixed(cls, num_layers: int, shape: tuple[int, int, int, int], dtype: Any) -> KVCache:
-        """Empty buffers of `shape` [B, S, N, H] for every layer."""
+        """Empty buffers of `shape` [B, N, S, H] for every layer."""
         layers = tuple(
             LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers)
         )
@@ -61,7 +61,7 @@ class KVCache(Sequence[tuple[Array, Array]]):
         """A growing cache from the reference's tuples, or the cache itself where it is one."""
         if isinstance(pairs, KVCache):
             return pairs
-        return cls(tuple(LayerCache(*(jnp.asarray(x).swapaxes(1, 2) for x in p)) for p in pairs))
+        return cls(tuple(LayerCache(*map(jnp.asarray, pair)) for pair in pairs))
 
     def advanced(self, layers: tuple[LayerCache, ...], length: int) -> KVCache:
         """This cache with the layers after `length` more tokens."""
@@ -70,8 +70,8 @@ class KVCache(Sequence[tuple[Array, Array]]):
     def with_capacity(self, capacity: int, before: int = 0) -> KVCache:
         """The columns in use as a fixed cache of `capacity` columns, with `before` empty ones first."""
         used = int(self.used)
-        room = ((0, 0), (before, capacity - before - used), (0, 0), (0, 0))
-        layers = jax.tree.map(lambda x: jnp.pad(x[:, :used], room), self.layers)
+        room = ((0, 0), (0, 0), (before, capacity - before - used), (0, 0))
+        layers = jax.tree.map(lambda x: jnp.pad(x[:, :, :used], room), self.layers)
         return KVCache(layers, jnp.asarray(before + used, jnp.int32))
 
     def take(self, rows: Array) -> KVCache:
@@ -80,7 +80,7 @@ class KVCache(Sequence[tuple[Array, Array]]):
 
     @property
     def capacity(self) -> int:
-        return self.layers[0].key.shape[1] if self.layers else 0
+        return self.layers[0].key.shape[2] if self.layers else 0
 
     @property
     def used(self) -> int | Array:
@@ -93,10 +93,8 @@ class KVCache(Sequence[tuple[Array, Array]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return tuple(self)[index]
-        layer = self.layers[index]
-        used = int(self.used)
-        key, value = layer.key[:, :used], layer.value[:, :used]
-        return key.swapaxes(1, 2), value.swapaxes(1, 2)
+        layer, used = self.layers[index], int(self.used)
+        return layer.key[:, :, :used], layer.value[:, :, :used]
 
     def __iter__(self) -> Iterator[tuple[Array, Array]]:
         return (self[index] for index in range(len(self)))

@@ -29,19 +29,18 @@ def eager_attention(
     """Attention in plain operations, the only kernel that shows its weights and masks heads.
 
     Args:
-        query: [B, T, N, H], already scaled.
-        key, value: [B, S, N, H].
+        query: [B, N, T, H], already scaled.
+        key, value: [B, N, S, H].
         bias: [B or 1, 1, T, S] or None.
         is_causal: not used: the caller gives this kernel a bias instead.
         head_mask: [N], or any shape that broadcasts to [B, N, T, S].
         seed: of the dropout; None for none.
 
     Returns:
-        Context [B, T, N, H] and weights [B, N, T, S] (after the head mask, before dropout).
+        Context [B, N, T, H] and weights [B, N, T, S] (after the head mask, before dropout).
     """
     if bias is not None:
         query, bias = _without_blind_rows(query, bias)
-    query, key, value = (tf.transpose(x, (0, 2, 1, 3)) for x in (query, key, value))
     scores = tf.matmul(query, key, transpose_b=True)  # [B, N, T, S]
     if bias is not None:
         scores = scores + bias
@@ -51,7 +50,7 @@ def eager_attention(
     if head_mask is not None:
         weights = weights * tf.cast(head_mask, weights.dtype)
     context = tf.matmul(drop(weights, dropout, seed), value)  # [B, N, T, H]
-    return tf.transpose(context, (0, 2, 1, 3)), weights
+    return context, weights
 
 
 def sdpa_attention(
@@ -67,17 +66,22 @@ def sdpa_attention(
     """Keras' attention; arguments and results as `eager_attention`, without dropout and weights."""
     if bias is not None:
         query, bias = _without_blind_rows(query, bias)
+    query, key, value = (_swap_axes(x) for x in (query, key, value))  # [B, T or S, N, H]
     context = keras.ops.dot_product_attention(
         query, key, value, bias=bias, scale=1.0, is_causal=is_causal
     )
-    return context, None
+    return _swap_axes(context), None
 
 
 def _without_blind_rows(query: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Lets a query that may see no key attend to all alike: exactly, in its gradient too."""
     blind = tf.reduce_max(bias, axis=-1, keepdims=True) < 0  # [B or 1, 1, T, 1]
-    query = tf.where(tf.transpose(blind, (0, 2, 1, 3)), tf.zeros((), query.dtype), query)
+    query = tf.where(blind, tf.zeros((), query.dtype), query)
     return query, tf.where(blind, tf.zeros((), bias.dtype), bias)
+
+
+def _swap_axes(x: Tensor) -> Tensor:
+    return tf.transpose(x, (0, 2, 1, 3))  # [B, T or S, N, H] <-> [B, N, T or S, H]
 
 
 AttentionKernel = Callable[..., tuple[Tensor, Tensor | None]]
@@ -118,17 +122,17 @@ class OPTAttention(keras.layers.Layer):
         """[B, T, D] -> output [B, T, D], weights [B, N, T, S] or None, the extended cache."""
         # The query is scaled after its bias and before the product.
         query = in_float32(lambda x: x * self.scaling)(self.q_proj(hidden_states))
-        query = self._split_heads(query)  # [B, T, N, H]
-        key = self._split_heads(self.k_proj(hidden_states))  # [B, T, N, H]
-        value = self._split_heads(self.v_proj(hidden_states))  # [B, T, N, H]
+        query = self._split_heads(query)  # [B, N, T, H]
+        key = self._split_heads(self.k_proj(hidden_states))  # [B, N, T, H]
+        value = self._split_heads(self.v_proj(hidden_states))  # [B, N, T, H]
 
         cache = LayerCache(key, value)
         if past is not None:
             cache = past.extended(key, value, past_length)
-            key, value = cache.key, cache.value  # [B, S, N, H]
+            key, value = cache.key, cache.value  # [B, N, S, H]
             if isinstance(past_length, int):
-                used = past_length + keras.ops.shape(query)[1]
-                key, value = key[:, :used], value[:, :used]
+                used = past_length + keras.ops.shape(query)[2]
+                key, value = key[:, :, :used], value[:, :, :used]
 
         context, weights = kernel(query, key, value, bias, is_causal, head_mask, self.dropout, seed)
         output = self.out_proj(self._join_heads(context))  # [B, T, D]
@@ -136,8 +140,11 @@ class OPTAttention(keras.layers.Layer):
 
     def _split_heads(self, x: Tensor) -> Tensor:
         batch, length, _ = keras.ops.shape(x)
-        return tf.reshape(x, (batch, length, self.num_heads, self.head_dim))  # -> [B, T, N, H]
+        x = tf.reshape(x, (batch, length, self.num_heads, self.head_dim))
+        return _swap_axes(x)  # -> [B, N, T, H]
 
     def _join_heads(self, x: Tensor) -> Tensor:
-        batch, length, _, _ = keras.ops.shape(x)
-        return tf.reshape(x, (batch, length, self.num_heads * self.head_dim))  # -> [B, T, D]
+        batch, _, length, _ = keras.ops.shape(x)
+        return tf.reshape(
+            _swap_axes(x), (batch, length, self.num_heads * self.head_dim)
+        )  # -> [B, T, D]

@@ -13,7 +13,7 @@ from tensorflow import Tensor
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values, each [B, S, N, H]."""
+    """One layer's keys and values, each [B, N, S, H]: what a head reads lies together."""
 
     key: Tensor
     value: Tensor
@@ -22,9 +22,9 @@ class LayerCache(NamedTuple):
         """The cache with T more columns: appended, or written at column `length` of the buffers."""
         if length is None:
             return LayerCache(
-                tf.concat([self.key, key], axis=1), tf.concat([self.value, value], axis=1)
+                tf.concat([self.key, key], axis=2), tf.concat([self.value, value], axis=2)
             )
-        start = (0, length, 0, 0)
+        start = (0, 0, length, 0)
         return LayerCache(
             keras.ops.slice_update(self.key, start, key),
             keras.ops.slice_update(self.value, start, value),
@@ -38,7 +38,7 @@ class KVCache:
     A *growing* cache (`length` None) has just the columns in use, and is copied at each extension.
     A *fixed* cache has buffers for a maximal length, of which the first `length` columns are in use;
     `length` is an int, or an int32 scalar where it changes within a compiled loop. As a sequence, a
-    cache is the reference's `past_key_values`: per layer a pair (key, value), each [B, N, S, H].
+    cache is the reference's `past_key_values`: per layer a pair (key, value), of the columns in use.
     """
 
     layers: tuple[LayerCache, ...]
@@ -48,7 +48,7 @@ class KVCache:
     def fixed(
         cls, num_layers: int, shape: tuple[int, int, int, int], dtype: tf.DType | str
     ) -> KVCache:
-        """Empty buffers of `shape` [B, S, N, H] for every layer."""
+        """Empty buffers of `shape` [B, N, S, H] for every layer."""
         layers = tuple(
             LayerCache(tf.zeros(shape, dtype), tf.zeros(shape, dtype)) for _ in range(num_layers)
         )
@@ -59,7 +59,7 @@ class KVCache:
         """A growing cache from the reference's tuples, or the cache itself where it is one."""
         if isinstance(pairs, KVCache):
             return pairs
-        return cls(tuple(LayerCache(_swap_axes(k), _swap_axes(v)) for k, v in pairs))
+        return cls(tuple(LayerCache(*map(tf.convert_to_tensor, pair)) for pair in pairs))
 
     def advanced(self, layers: tuple[LayerCache, ...], length: int | Tensor) -> KVCache:
         """This cache with the layers after `length` more tokens."""
@@ -67,9 +67,10 @@ class KVCache:
 
     def with_capacity(self, capacity: int, before: int = 0) -> KVCache:
         """The columns in use as a fixed cache of `capacity` columns, with `before` empty ones first."""
-        room = ((0, 0), (before, capacity - before - self.used), (0, 0), (0, 0))
+        room = ((0, 0), (0, 0), (before, capacity - before - self.used), (0, 0))
         layers = tuple(
-            LayerCache(*(tf.pad(x[:, : self.used], room) for x in layer)) for layer in self.layers
+            LayerCache(*(tf.pad(x[:, :, : self.used], room) for x in layer))
+            for layer in self.layers
         )
         return KVCache(layers, before + self.used)
 
@@ -80,7 +81,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int | Tensor:
-        return keras.ops.shape(self.layers[0].key)[1] if self.layers else 0
+        return keras.ops.shape(self.layers[0].key)[2] if self.layers else 0
 
     @property
     def used(self) -> int | Tensor:
@@ -97,8 +98,7 @@ class KVCache:
         if isinstance(index, slice):
             return tuple(self)[index]
         layer = self.layers[index]
-        key, value = layer.key[:, : self.used], layer.value[:, : self.used]
-        return _swap_axes(key), _swap_axes(value)
+        return layer.key[:, :, : self.used], layer.value[:, :, : self.used]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return (self[index] for index in range(len(self)))
@@ -112,7 +112,3 @@ class KVCache:
     @classmethod
     def __tf_unflatten__(cls, metadata: tuple[Any, ...], components: tuple[Any, ...]) -> KVCache:
         return cls(*components, *metadata)
-
-
-def _swap_axes(x: Tensor) -> Tensor:
-    return tf.transpose(x, (0, 2, 1, 3))  # [B, S, N, H] <-> [B, N, S, H]

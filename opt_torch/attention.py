@@ -25,18 +25,17 @@ def eager_attention(
     """Attention in plain operations, the only kernel that shows its weights and masks heads.
 
     Args:
-        query: [B, T, N, H], already scaled.
-        key, value: [B, S, N, H].
+        query: [B, N, T, H], already scaled.
+        key, value: [B, N, S, H].
         bias: [B or 1, 1, T, S] or None.
         is_causal: not used: the caller gives this kernel a bias instead.
         head_mask: [N], or any shape that broadcasts to [B, N, T, S].
 
     Returns:
-        Context [B, T, N, H] and weights [B, N, T, S] (after the head mask, before dropout).
+        Context [B, N, T, H] and weights [B, N, T, S] (after the head mask, before dropout).
     """
     if bias is not None:
         query, bias = _without_blind_rows(query, bias)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, N, T or S, H]
     scores = query @ key.transpose(2, 3)  # [B, N, T, S]
     if bias is not None:
         scores = scores + bias
@@ -45,7 +44,7 @@ def eager_attention(
     if head_mask is not None:
         weights = weights * head_mask.to(weights.dtype)
     context = F.dropout(weights, dropout) @ value if dropout else weights @ value  # [B, N, T, H]
-    return context.transpose(1, 2), weights
+    return context, weights
 
 
 def sdpa_attention(
@@ -60,17 +59,16 @@ def sdpa_attention(
     """PyTorch's fused attention; arguments and results as `eager_attention`, without weights."""
     if bias is not None:
         query, bias = _without_blind_rows(query, bias)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B, N, T or S, H]
     context = F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=is_causal, scale=1.0
     )
-    return context.transpose(1, 2), None
+    return context, None
 
 
 def _without_blind_rows(query: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Lets a query that may see no key attend to all alike: exactly, in its gradient too."""
     blind = bias.amax(-1, keepdim=True) < 0  # [B or 1, 1, T, 1]
-    return query.masked_fill(blind.transpose(1, 2), 0), bias.masked_fill(blind, 0)
+    return query.masked_fill(blind, 0), bias.masked_fill(blind, 0)
 
 
 AttentionKernel = Callable[..., tuple[Tensor, Tensor | None]]
@@ -105,22 +103,25 @@ class OPTAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None, LayerCache]:
         """[B, T, D] -> output [B, T, D], weights [B, N, T, S] or None, the extended cache."""
         # The query is scaled after its bias and before the product.
-        query = self._split_heads(self.q_proj(hidden_states) * self.scaling)  # [B, T, N, H]
-        key = self._split_heads(self.k_proj(hidden_states))  # [B, T, N, H]
-        value = self._split_heads(self.v_proj(hidden_states))  # [B, T, N, H]
+        query = self._split_heads(self.q_proj(hidden_states) * self.scaling)  # [B, N, T, H]
+        key = self._split_heads(self.k_proj(hidden_states))  # [B, N, T, H]
+        value = self._split_heads(self.v_proj(hidden_states))  # [B, N, T, H]
 
         cache = LayerCache(key, value)
         if past is not None:
             cache = past.extended(key, value, past_length)
-            key, value = cache.key, cache.value  # [B, S, N, H]
+            key, value = cache.key, cache.value  # [B, N, S, H]
             if isinstance(past_length, int):
-                used = past_length + query.shape[1]
-                key, value = key[:, :used], value[:, :used]
+                used = past_length + query.shape[2]
+                key, value = key[:, :, :used], value[:, :, :used]
 
         dropout = self.dropout if self.training else 0.0
         context, weights = kernel(query, key, value, bias, is_causal, head_mask, dropout)
-        output = self.out_proj(context.flatten(2))  # [B, T, D]
+        output = self.out_proj(self._join_heads(context))  # [B, T, D]
         return output, weights, cache
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, D] -> [B, T, N, H]
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # -> [B, N, T, H]
+
+    def _join_heads(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)  # -> [B, T, D]

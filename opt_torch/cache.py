@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class LayerCache:
-    """One layer's keys and values, each [B, S, N, H]."""
+    """One layer's keys and values, each [B, N, S, H]: what a head reads lies together."""
 
     key: Tensor
     value: Tensor
@@ -23,13 +23,13 @@ class LayerCache:
         """The cache with T more columns: appended, or written at column `length` of the buffers."""
         if length is None:
             return LayerCache(
-                torch.cat([self.key, key], dim=1), torch.cat([self.value, value], dim=1)
+                torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
             )
-        columns: Any = slice(length, length + key.shape[1])
+        columns: Any = slice(length, length + key.shape[2])
         if isinstance(length, Tensor):
-            columns = length + torch.arange(key.shape[1], device=key.device)
-        self.key[:, columns] = key
-        self.value[:, columns] = value
+            columns = length + torch.arange(key.shape[2], device=key.device)
+        self.key[:, :, columns] = key
+        self.value[:, :, columns] = value
         return self
 
 
@@ -41,7 +41,7 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
     A *fixed* cache has buffers for a maximal length, of which the first `length` columns are in use;
     they are written in place. A length that is a tensor lets `torch.compile` make one program for all
     lengths, whose attention runs over all columns. As a sequence, a cache is the reference's
-    `past_key_values`: per layer a pair (key, value), each [B, N, S, H].
+    `past_key_values`: per layer a pair (key, value), of the columns in use.
     """
 
     layers: tuple[LayerCache, ...]
@@ -55,7 +55,7 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
         dtype: torch.dtype,
         device: torch.device,
     ) -> KVCache:
-        """Empty buffers of `shape` [B, S, N, H] for every layer."""
+        """Empty buffers of `shape` [B, N, S, H] for every layer."""
         layers = tuple(
             LayerCache(
                 torch.zeros(shape, dtype=dtype, device=device),
@@ -70,7 +70,7 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
         """A growing cache from the reference's tuples, or the cache itself where it is one."""
         if isinstance(pairs, KVCache):
             return pairs
-        return cls(tuple(LayerCache(k.transpose(1, 2), v.transpose(1, 2)) for k, v in pairs))
+        return cls(tuple(LayerCache(*pair) for pair in pairs))
 
     def advanced(self, layers: tuple[LayerCache, ...], length: int) -> KVCache:
         """This cache with the layers after `length` more tokens."""
@@ -79,9 +79,9 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
     def with_capacity(self, capacity: int, before: int = 0) -> KVCache:
         """The columns in use as a fixed cache of `capacity` columns, with `before` empty ones first."""
         used = int(self.used)
-        room = (0, 0, 0, 0, before, capacity - before - used)
+        room = (0, 0, before, capacity - before - used)
         layers = tuple(
-            LayerCache(*(F.pad(x[:, :used], room) for x in (layer.key, layer.value)))
+            LayerCache(*(F.pad(x[:, :, :used], room) for x in (layer.key, layer.value)))
             for layer in self.layers
         )
         return KVCache(layers, before + used)
@@ -93,7 +93,7 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
 
     @property
     def capacity(self) -> int:
-        return self.layers[0].key.shape[1] if self.layers else 0
+        return self.layers[0].key.shape[2] if self.layers else 0
 
     @property
     def used(self) -> int | Tensor:
@@ -107,8 +107,7 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
         if isinstance(index, slice):
             return tuple(self)[index]
         layer, used = self.layers[index], int(self.used)
-        key, value = layer.key[:, :used], layer.value[:, :used]
-        return key.transpose(1, 2), value.transpose(1, 2)
+        return layer.key[:, :, :used], layer.value[:, :, :used]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return (self[index] for index in range(len(self)))

@@ -75,7 +75,7 @@ class OPTPreTrainedModel(nn.Module):
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty fixed cache, to be passed as `past_key_values`."""
         config = self.config
-        shape = (batch_size, max_length, config.num_attention_heads, config.head_dim)
+        shape = (batch_size, config.num_attention_heads, max_length, config.head_dim)
         return KVCache.fixed(config.num_hidden_layers, shape, self.dtype, self.device)
 
     def prepare_for_decoding(self, *, batch_size: int = 1, weights: str | None = None) -> Self:

@@ -109,7 +109,7 @@ def of_best(plan: DecodePlan, output: StepOutput, best: Array, watch: Watch | No
 
     def adopted(layer: LayerCache) -> LayerCache:
         key, value = (
-            jax.lax.dynamic_slice_in_dim(x, last, 1, axis=1)[copies]
+            jax.lax.dynamic_slice_in_dim(x, last, 1, axis=2)[copies]
             for x in (layer.key, layer.value)
         )
         return layer.extended(key, value, last)

@@ -111,9 +111,9 @@ def of_best(plan: DecodePlan, output: StepOutput, best: Tensor, watch: Watch | N
     last, copies = output.cache.used - 1, in_halves(plan, tf.repeat(rows, count), total)
 
     def adopted(layer: LayerCache) -> LayerCache:
-        rows, _, heads, size = layer.key.shape
-        shape = (rows, 1, heads, size)
-        key, value = (tf.gather(tf.slice(x, (0, last, 0, 0), shape), copies) for x in layer)
+        rows, heads, _, size = layer.key.shape
+        shape = (rows, heads, 1, size)
+        key, value = (tf.gather(tf.slice(x, (0, 0, last, 0), shape), copies) for x in layer)
         return layer.extended(key, value, last)
 
     cache = replace(output.cache, layers=tuple(adopted(layer) for layer in output.cache.layers))

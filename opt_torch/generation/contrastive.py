@@ -105,7 +105,7 @@ def of_best(plan: DecodePlan, output: StepOutput, best: Tensor, watch: Watch | N
     last, copies = output.cache.used - 1, in_halves(plan, rows.repeat_interleave(count), total)
 
     def adopted(layer: LayerCache) -> LayerCache:
-        key, value = (x[copies, last : last + 1] for x in (layer.key, layer.value))
+        key, value = (x[copies, :, last : last + 1] for x in (layer.key, layer.value))
         return layer.extended(key, value, last)
 
     cache = replace(output.cache, layers=tuple(adopted(layer) for layer in output.cache.layers))

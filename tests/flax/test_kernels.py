@@ -65,7 +65,7 @@ def test_attentions_and_head_mask_fall_back_to_eager(seen, fused, monkeypatch):
 def test_a_row_that_sees_nothing_stays_finite(kernel, dtype):
     """Scores of -1000 and a mask of the lowest number would sum to -inf in 16 bits."""
     key = jax.random.key(0)
-    query, keys, value = (30 * jax.random.normal(k, (1, 3, 2, 8)) for k in jax.random.split(key, 3))
+    query, keys, value = (30 * jax.random.normal(k, (1, 2, 3, 8)) for k in jax.random.split(key, 3))
     query, keys, value = (x.astype(dtype) for x in (query, -abs(keys), abs(value)))
     bias = jnp.full((1, 1, 3, 3), jnp.finfo(dtype).min, dtype)
     context, _ = attention.KERNELS[kernel](abs(query), keys, value, bias, False, None, None)
@@ -76,7 +76,7 @@ def test_a_row_that_sees_nothing_stays_finite(kernel, dtype):
 def test_softmax_of_16_bits_is_computed_in_32(dtype):
     """Of 300 equal weights, 16 bits cannot hold the sum of the exponentials."""
     query = jnp.zeros((1, 1, 1, 4), dtype)
-    keys = jnp.zeros((1, 300, 1, 4), dtype)
+    keys = jnp.zeros((1, 1, 300, 4), dtype)
     _, weights = attention.eager_attention(query, keys, keys, None, False, None, None)
     assert weights.dtype == dtype
     np.testing.assert_array_equal(weights, jnp.full_like(weights, 1 / 300))
