@@ -24,7 +24,7 @@ demo: $(READY)  ## the main job: one checkpoint, three frameworks, one answer
 test: $(READY)  ## lint, types and all tests, each backend in a process of its own
 	$(BIN)/python tests/run.py
 
-test-slow: $(READY)  ## the tests that take more than a minute each
+test-slow: $(READY)  ## the tests that take more than a minute each, and those that compile much
 	$(BIN)/python tests/run.py --slow
 
 oracle: $(READY) $(PEERS_READY)  ## compare live with transformers 4.37.2, 4.57.1, 5.23 and CTranslate2

@@ -32,7 +32,14 @@ JOBS = {
         1,
         512,
         1,
-        ("ours", "ours prepared", "transformers", "transformers graph", "CTranslate2"),
+        (
+            "ours",
+            "ours prepared",
+            "transformers",
+            "transformers graph",
+            "transformers jit",
+            "CTranslate2",
+        ),
     ),
     "int8": Job(
         "decode, batch 1, int8 weights",
@@ -92,7 +99,14 @@ COLUMNS: Mapping[str, Mapping[str, Program]] = {
             "transformers graph": Program("hf_tf", ("graph",), "hf457", _LEGACY),
         },
     ),
-    "flax": _column("flax", "jax", {"transformers": Program("hf_flax", (), "hf457")}),
+    "flax": _column(
+        "flax",
+        "jax",
+        {
+            "transformers": Program("hf_flax", (), "hf457"),
+            "transformers jit": Program("hf_flax", ("jit",), "hf457"),
+        },
+    ),
 }
 TITLES = {"torch": "PyTorch", "tf": "TensorFlow", "flax": "JAX/Flax"}
 PEERS = {

@@ -32,6 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=BACKENDS[0],
         help="the framework that tests/suite runs on (default: %(default)s)",
     )
+    parser.addoption(
+        "--all-programs",
+        action="store_true",
+        help="run every case also where each of them is compiled, as in PyTorch",
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,6 +54,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     """The adapter of the backend under test; one that cannot be imported is a failure."""
     name = request.config.getoption("--backend")
     adapter: Backend = importlib.import_module(f"tests.backends.{name}").BACKEND
+    adapter.runs_all_programs = name == "torch" or request.config.getoption("--all-programs")
     return adapter
 
 

@@ -79,13 +79,16 @@ class Result:
 def parts(slow: bool) -> dict[str, list[str]]:
     """The commands by name, in order: lint and types, the neutral tests, each backend.
 
-    All tests that are slow are neutral.
+    What is slow are some neutral tests, and one program for each case of decoding.
     """
     python = [sys.executable, "-m"]
     pytest = [*python, "pytest", "-q", "-m"]
     neutral = [f"tests/{name}" for name in NEUTRAL]
+    decoding = [f"tests/suite/test_{name}.py" for name in DECODING]
     if slow:
-        return {"neutral": [*pytest, "slow", *neutral]}
+        every = [*python, "pytest", "-q", "--all-programs", *decoding, "--backend"]
+        programs = {f"{backend}-decoding": [*every, backend] for backend in COMPILING}
+        return {"neutral": [*pytest, "slow", *neutral], **programs}
     pytest.append("not (hub or gpu or oracle or slow)")
     commands = {
         "ruff": [*python, "ruff", "check", "."],
@@ -93,7 +96,6 @@ def parts(slow: bool) -> dict[str, list[str]]:
         "mypy": [*python, "mypy"],
         "neutral": [*pytest, *neutral],
     }
-    decoding = [f"tests/suite/test_{name}.py" for name in DECODING]
     for backend in BACKENDS:
         tests = [*pytest, "--backend", backend]
         commands[backend] = [*tests, "tests/suite", f"tests/{backend}"]

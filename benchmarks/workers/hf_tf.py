@@ -25,6 +25,9 @@ class TransformersTF(Contestant):
         )
 
     def _generate(self, ids: Any, mask: Any, new_tokens: int) -> Any:
+        if new_tokens == 1:  # for which `generate` fails in a graph: what it would run
+            logits = self.model(ids, attention_mask=mask, use_cache=True).logits
+            return tf.concat([ids, tf.argmax(logits[:, -1:], -1, tf.int32)], axis=1)
         return self.model.generate(
             ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False
         )

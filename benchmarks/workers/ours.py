@@ -38,7 +38,8 @@ class Ours(Contestant):
             self.model.prepare_for_decoding(batch_size=batch)
 
     def generate(self, prompts: Tokens, new_tokens: int) -> Tokens:
-        sequences = self._run(prompts, new_tokens, return_dict_in_generate=True).sequences
+        found = self._run(prompts, new_tokens)
+        sequences = found.sequences if self.framework is Framework.FLAX else found
         return np.asarray(sequences)[:, len(prompts[0]) :].tolist()
 
     def logits(self, prompts: Tokens, new_tokens: int) -> np.ndarray:

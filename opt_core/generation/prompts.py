@@ -93,15 +93,21 @@ def read_prompts(
         _check_past(given, order, xp)
     tokens, mask = (xp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
     known = xp.zeros_like(mask) if embeds_only else mask
-    columns = tokens.shape[1]
-    offset = columns if embeds_only else 0
+    counted = 0 if embeds_only else tokens.shape[1]
     if options.guidance_scale not in (None, 1):
         guides = _guides(given, tokens, options, config, xp)
-        tokens, mask = (xp.concatenate(pair) for pair in zip((tokens, mask), guides, strict=True))
-        is_padded = True
+        columns = max(tokens.shape[1], guides[0].shape[1])
+        tokens, mask = (
+            xp.concatenate([_widened(x, columns, xp) for x in pair])
+            for pair in zip((tokens, mask), guides, strict=True)
+        )
+        known = _widened(known, columns, xp)
+        is_padded, longest = True, columns if xp is not np else int(mask.sum(axis=1).max())
     elif given.negative_ids is not None:
         raise InputError("negative_prompt_ids needs a guidance_scale other than 1.")
-    lengths = PromptLengths(columns, columns - offset, longest, given.past_length, is_padded)
+    columns = tokens.shape[1]
+    offset = columns - counted
+    lengths = PromptLengths(columns, counted, longest, given.past_length, is_padded)
     return Prompts(ids, tokens, mask, known, order, offset, lengths)
 
 
@@ -211,20 +217,22 @@ def _check_past(given: GivenPrompts, order: Any, xp: Any) -> None:
 def _guides(
     given: GivenPrompts, tokens: Any, options: GenerationConfig, config: OPTConfig, xp: Any
 ) -> tuple[Any, Any]:
-    """Tokens and mask [B, T] of rows without the prompts: its last token, or the negative prompts."""
+    """Tokens and mask [B, any] of rows without the prompts: their last token, or negative prompts."""
     if given.embeds_shape is not None or given.past_length:
         raise InputError("guidance_scale needs input_ids alone: no embeddings, no past_key_values.")
-    columns = tokens.shape[1]
     if given.negative_ids is None:
-        is_last = xp.arange(columns) == columns - 1
+        is_last = xp.arange(tokens.shape[1]) == tokens.shape[1] - 1
         return tokens, xp.broadcast_to(is_last, tokens.shape).astype(np.int32)
     negative = GivenPrompts(given.negative_ids, given.negative_mask)
     found = read_prompts(negative, options.replace(guidance_scale=None), config, xp)
-    missing = columns - found.tokens.shape[1]
-    if missing < 0 or found.tokens.shape[0] != tokens.shape[0]:
+    if found.tokens.shape[0] != tokens.shape[0]:
         raise InputError(
-            f"negative_prompt_ids: expected {tokens.shape[0]} rows of at most {columns} tokens, as "
-            f"many as input_ids has, found {found.tokens.shape}. Pad input_ids on the left."
+            f"negative_prompt_ids: expected {tokens.shape[0]} rows, as many as input_ids has, found "
+            f"{found.tokens.shape[0]}."
         )
-    before = ((0, 0), (missing, 0))
-    return xp.pad(found.tokens, before), xp.pad(found.mask, before)
+    return found.tokens, found.mask
+
+
+def _widened(x: Any, columns: int, xp: Any) -> Any:
+    """[B, any] with pads before, up to so many columns."""
+    return xp.pad(x, ((0, 0), (columns - x.shape[1], 0)))

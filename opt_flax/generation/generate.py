@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from opt_core.errors import InputError
+from opt_core.errors import InputError, UnsupportedError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.hooks import Hooks
 from opt_core.generation.plan import DecodePlan, make_plan
@@ -123,11 +123,18 @@ def generate(
     watch = Watch(config, hooks, plan, np.asarray, partial(jnp.repeat, axis=0))
     if prompts.given is not None:
         watch.start(prompts.given)
+    on_host = watch.is_needed or plan.needs_host
+    if is_traced and on_host:
+        raise UnsupportedError(
+            "Inside jax.jit, generate runs nothing on the host: no constrained or assisted search, no "
+            "streamer, no criteria or functions of the caller's, no return_dict_in_generate. Call it "
+            "outside, where it compiles itself."
+        )
     wide, padded = plan, prompts
     if not config.return_dict_in_generate:  # which shows the columns of caches and attentions
         wide, padded = bucketed(plan, prompts, xp)
     inputs = _inputs(wide, padded, inputs_embeds, past, plan.max_new_tokens)
-    if watch.is_needed or plan.needs_host:
+    if on_host:
         decoded = run(model.module, wide, params, inputs, key, noise, watch, hooks.assistant_model)
     else:
         decoded = compiled_run(model.module, wide, params, inputs, key, noise)

@@ -119,11 +119,12 @@ def generate(
     watch = Watch(config, hooks, plan, np.asarray, partial(tf.repeat, axis=0))
     if prompts.given is not None:
         watch.start(prompts.given)
+    on_host = watch.is_needed or plan.needs_host
     wide, padded = plan, prompts
     if not config.return_dict_in_generate:  # which shows the columns of caches and attentions
         wide, padded = bucketed(plan, prompts)
     inputs = _inputs(wide, padded, inputs_embeds, past, plan.max_new_tokens)
-    if watch.is_needed or plan.needs_host:
+    if on_host:
         decoded = run(model, wide, inputs, *randomness, watch, hooks.assistant_model)
     else:
         decoded = compiled(model, compiled_run, wide)(inputs, *randomness)

@@ -38,6 +38,8 @@ class Backend(ABC):
     name: str  # as in --backend
     prefix: str  # of the public classes: "", "TF", "Flax"
     package: ModuleType
+    #: Whether tests run what makes one program more of each case too: `--all-programs`.
+    runs_all_programs: bool = False
 
     @property
     def names(self) -> frozenset[str]:

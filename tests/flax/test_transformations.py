@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opt_core import InputError
+from opt_core import InputError, UnsupportedError
 from opt_flax import FlaxOPTForCausalLM, KVCache
 from opt_flax.attention import KERNELS
 from opt_flax.generation.generate import compiled_run
@@ -158,6 +158,15 @@ def test_generate_inside_another_jit(model, ids):
         lambda p, i: model.generate(i, params=p, max_new_tokens=5, eos_token_id=token).sequences
     )(model.params, ids[:1])
     assert found.tolist() == [[*expected[0].tolist(), 1, 1, 1, 1]]
+
+
+@one_model
+@pytest.mark.parametrize(
+    "options", [{"prompt_lookup_num_tokens": 2}, {"return_dict_in_generate": True}]
+)
+def test_nothing_of_the_host_runs_inside_another_jit(model, ids, options):
+    with pytest.raises(UnsupportedError, match="Inside jax.jit"):
+        jax.jit(lambda i: model.generate(i, max_new_tokens=2, **options).sequences)(ids[:1])
 
 
 @one_model

@@ -52,8 +52,8 @@ ALONE = {(name, "greedy") for name in ("pre_norm", "post_norm", "untied_gelu")} 
 
 @pairs
 def test_each_row_alone(backend: Backend, models: Any, name: str, setting: str) -> None:
-    if backend.name != "torch" and (name, setting) not in ALONE:
-        pytest.skip("a program more")
+    if not backend.runs_all_programs and (name, setting) not in ALONE:
+        pytest.skip("a program more: make test-slow")
     for row in range(BATCH):
         ids = prompt(name, f"alone/{row}", setting)["input_ids"]
         found = backend.generate(models(name), ids, **options(name, setting))
@@ -69,8 +69,8 @@ def test_a_padded_batch(backend: Backend, models: Any, name: str, setting: str, 
     `min_length` counts columns, pads included, as the reference does. There a short padded row is
     not the row alone, and right padding is held against the reference's left-padded batch.
     """
-    if backend.name != "torch" and (name, setting) not in IN_BATCHES:
-        pytest.skip("a program more")
+    if not backend.runs_all_programs and (name, setting) not in IN_BATCHES:
+        pytest.skip("a program more: make test-slow")
     batch = prompt(name, side, setting)
     mask = batch["attention_mask"]
     ids = batch["input_ids"]

@@ -14,6 +14,7 @@ import pytest
 from opt_core import InputError
 from tests.backends.base import Array, Backend
 from tests.cases import GOLDEN, case
+from tests.reference.processors import log_softmax
 
 MODELS = ("pre_norm", "post_norm")
 PAD = 1
@@ -118,11 +119,11 @@ COMPILED = (
 def models_for(
     backend: Backend, setting: str, compiled: tuple[str, ...] = COMPILED
 ) -> tuple[str, ...]:
-    """Both by torch, which compiles nothing; else one for each of `compiled`."""
-    if backend.name == "torch":
+    """Both where that compiles nothing, or all is run; else one for each of `compiled`."""
+    if backend.runs_all_programs:
         return MODELS
     if setting not in compiled:
-        pytest.skip("a program more")
+        pytest.skip("a program more: make test-slow")
     return (MODELS[compiled.index(setting) % 2],)
 
 
@@ -259,3 +260,30 @@ def test_no_prompt_is_the_beginning_of_a_text(backend: Backend, models: Any, set
     golden = recorded(name, setting)
     found = backend.generate(models(name), None, **golden.options)
     assert found.tolist() == [[2, *row] for row in golden.expected()]
+
+
+def test_a_negative_prompt_may_be_longer_than_the_prompt(backend: Backend, models: Any) -> None:
+    """arXiv:2306.17806, equation 8, step by step."""
+    model, scale = models(MODELS[0]), 1.5
+    prompts, negatives = np.array([[PAD, 40], [52, 7]]), np.array([[21, 64, 9, 35, 77, 60, 18]] * 2)
+    found = new_tokens(
+        backend,
+        model,
+        2,
+        input_ids=prompts,
+        negative_prompt_ids=negatives,
+        guidance_scale=scale,
+        max_new_tokens=6,
+        eos_token_id=None,
+    )
+    for row, prompt in enumerate(([40], [52, 7])):
+        tokens: list[int] = []
+        for _ in range(6):
+            given, other = (
+                log_softmax(
+                    backend.forward(model, input_ids=np.array([[*start, *tokens]]))["logits"][0, -1]
+                )
+                for start in (prompt, negatives[row])
+            )
+            tokens.append(int((other + scale * (given - other)).argmax()))
+        assert found[row] == tokens
