@@ -52,6 +52,14 @@ class CausalLMOutput(ModelOutput):
     FIELDS = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
 
 
+class SequenceClassifierOutput(ModelOutput):
+    FIELDS = ("loss", "logits", "past_key_values", "hidden_states", "attentions")
+
+
+class QuestionAnsweringOutput(ModelOutput):
+    FIELDS = ("loss", "start_logits", "end_logits", "hidden_states", "attentions")
+
+
 class GenerateOutput(ModelOutput):
     FIELDS = (
         "sequences",
@@ -65,7 +73,13 @@ class GenerateOutput(ModelOutput):
     )
 
 
-OUTPUTS = (BaseModelOutput, CausalLMOutput, GenerateOutput)
+OUTPUTS = (
+    BaseModelOutput,
+    CausalLMOutput,
+    SequenceClassifierOutput,
+    QuestionAnsweringOutput,
+    GenerateOutput,
+)
 
 
 def flatten(output: ModelOutput) -> tuple[list[Any], tuple[str, ...]]:

@@ -11,9 +11,12 @@ from opt_core import GenerationConfig, OPTConfig, OPTTokenizer
 from opt_flax.cache import KVCache, LayerCache
 from opt_flax.heads import FlaxOPTForCausalLM
 from opt_flax.model import FlaxOPTModel
+from opt_flax.task_heads import FlaxOPTForQuestionAnswering, FlaxOPTForSequenceClassification
 
 __all__ = [
     "FlaxOPTForCausalLM",
+    "FlaxOPTForQuestionAnswering",
+    "FlaxOPTForSequenceClassification",
     "FlaxOPTModel",
     "GenerationConfig",
     "KVCache",

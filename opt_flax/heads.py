@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models with a head on top."""
+"""The model with a language modelling head on top."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from opt_core import GenerationConfig, OPTConfig
 from opt_core.generation.transitions import transition_scores
-from opt_core.inputs import IGNORED_LABEL, check_ids, check_labels
 from opt_core.params import has_untied_head
 from opt_flax.attention import DEFAULT_KERNEL
 from opt_flax.generation.generate import generate
+from opt_flax.losses import causal_lm_loss
 from opt_flax.model import OPTModule
 from opt_flax.outputs import CausalLMOutput, GenerateOutput
-from opt_flax.parts import is_readable, linear
+from opt_flax.parts import linear
 from opt_flax.pretrained import FlaxOPTPreTrainedModel
 
 
@@ -164,24 +163,3 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
         rows = None if beam_indices is None else np.asarray(beam_indices)
         found = transition_scores(np.asarray(sequences), arrays, rows, normalize_logits)
         return jnp.asarray(found)
-
-
-def causal_lm_loss(logits: Array, labels: Array) -> Array:
-    """The mean cross-entropy of each token given those before it; labels of -100 do not count.
-
-    Args:
-        logits: [B, T, V].
-        labels: [B, T].
-    """
-    check_labels(labels.shape, logits.shape)
-    if is_readable(labels):
-        values = np.asarray(labels)
-        values = values[values != IGNORED_LABEL]
-        if len(values):
-            check_ids(int(values.min()), int(values.max()), logits.shape[-1], "labels")
-    logits, labels = logits[:, :-1].astype(jnp.float32), labels[:, 1:]
-    counts = labels != IGNORED_LABEL
-    target = jnp.where(counts, labels, 0)[..., None]  # [B, T - 1, 1]
-    chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - chosen  # [B, T - 1]
-    return jnp.where(counts, losses, 0).sum() / counts.sum()

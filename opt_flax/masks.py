@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from opt_flax.parts import is_readable
+
 
 def positions_from_mask(
     attention_mask: Array, past_length: int | Array, query_length: int
@@ -28,12 +30,30 @@ def positions_from_mask(
     return jax.lax.dynamic_slice_in_dim(positions, past_length, query_length, axis=1)
 
 
+def packed_texts(position_ids: Array) -> Array | None:
+    """Which of the texts packed into its row each token belongs to; None where that is seen to be one.
+
+    A text begins at position 0; after pads (-1), the first does.
+
+    Args:
+        position_ids: [B or 1, T].
+
+    Returns:
+        [B or 1, T], counted from 0.
+    """
+    begins = (position_ids[:, 1:] == 0) & (position_ids[:, :-1] >= 0)
+    if is_readable(begins) and not begins.any():
+        return None
+    return jnp.pad(begins.cumsum(axis=1), ((0, 0), (1, 0)))
+
+
 def attention_bias(
     attention_mask: Array | None,
     query_length: int,
     key_length: int,
     past_length: int | Array,
     dtype: Any,
+    texts: Array | None = None,
 ) -> Array:
     """0 where a query may see a key, the dtype's lowest finite number where it may not.
 
@@ -41,6 +61,7 @@ def attention_bias(
 
     Args:
         attention_mask: [B, S], 1 at real tokens; None where all are real.
+        texts: [B or 1, T], which text a token belongs to and sees; None where there is one in a row.
 
     Returns:
         [B or 1, 1, T, S].
@@ -50,4 +71,6 @@ def attention_bias(
     visible = (key <= query)[None, None]  # [1, 1, T, S]
     if attention_mask is not None:
         visible = visible & (attention_mask == 1)[:, None, None, :]  # [B, 1, T, S]
+    if texts is not None:
+        visible = visible & (texts[:, None, :, None] == texts[:, None, None, :])
     return jnp.where(visible, jnp.zeros((), dtype), jnp.finfo(dtype).min)

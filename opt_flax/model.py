@@ -20,7 +20,7 @@ from opt_core.params import POSITION_OFFSET, Kind, has_final_norm, projects_embe
 from opt_flax.attention import DEFAULT_KERNEL, KERNELS, AttentionKernel
 from opt_flax.cache import KVCache, LayerCache
 from opt_flax.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
-from opt_flax.masks import attention_bias, positions_from_mask
+from opt_flax.masks import attention_bias, packed_texts, positions_from_mask
 from opt_flax.outputs import BaseModelOutput
 from opt_flax.parts import Embed, is_readable, linear
 from opt_flax.pretrained import FlaxOPTPreTrainedModel
@@ -108,11 +108,13 @@ class OPTDecoder(nn.Module):
             total = past.capacity
         if attention_mask is not None:
             attention_mask = jnp.pad(attention_mask, ((0, 0), (0, total - attention_mask.shape[1])))
+        packs = position_ids is not None and past is None
+        texts = packed_texts(position_ids) if packs else None
         if position_ids is None:
             position_ids = self._positions(attention_mask, length, past_length)
         hidden_states = self._embed(inputs_embeds, position_ids)
         kernel = self._kernel(output_attentions, head_mask, deterministic)
-        bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past, total)
+        bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past, total, texts)
         hidden_states, cache, all_hidden_states, all_attentions = self._run_layers(
             hidden_states, kernel, bias, is_causal, head_mask, past, deterministic
         )
@@ -185,18 +187,18 @@ class OPTDecoder(nn.Module):
         hidden_states: Array,
         past: KVCache | None,
         total: int,
+        texts: Array | None,
     ) -> tuple[Array | None, bool]:
         """The bias [B or 1, 1, T, S] and the causal flag that the kernel needs, as few as possible."""
         length = hidden_states.shape[1]
-        if attention_mask is None and (past is None or past.length is None):
+        if attention_mask is None and texts is None and (past is None or past.length is None):
             if length == 1:  # one query sees all keys
                 return None, False
             if past is None and kernel is not KERNELS["eager"]:
                 return None, True
         past_length = 0 if past is None else past.used
-        return attention_bias(
-            attention_mask, length, total, past_length, hidden_states.dtype
-        ), False
+        dtype = hidden_states.dtype
+        return attention_bias(attention_mask, length, total, past_length, dtype, texts), False
 
     def _positions(
         self, attention_mask: Array | None, length: int, past_length: int | Array
@@ -332,7 +334,8 @@ class FlaxOPTModel(FlaxOPTPreTrainedModel):
             input_ids: [B, T] token ids; either these or `inputs_embeds`.
             attention_mask: [B, S], 1 at real tokens, 0 at pads; S counts past tokens too, and may
                 be the capacity of a fixed cache.
-            position_ids: [B, T]; by default counted from the attention mask.
+            position_ids: [B, T]; by default counted from the attention mask. Without a cache, each
+                0 in the midst of a row begins another text, which sees itself alone.
             params: the parameters to use instead of `self.params`.
             past_key_values: a `KVCache`, or per layer a pair of [B, N, S, H].
             output_attentions: whether to return weights, per layer [B, N, T, S].

@@ -12,6 +12,8 @@ from opt_core.outputs import (
     BaseModelOutput,
     CausalLMOutput,
     GenerateOutput,
+    QuestionAnsweringOutput,
+    SequenceClassifierOutput,
     flatten,
     unflatten,
 )
@@ -19,4 +21,10 @@ from opt_core.outputs import (
 for _output in OUTPUTS:
     jax.tree_util.register_pytree_node(_output, flatten, partial(unflatten, _output))
 
-__all__ = ["BaseModelOutput", "CausalLMOutput", "GenerateOutput"]
+__all__ = [
+    "BaseModelOutput",
+    "CausalLMOutput",
+    "GenerateOutput",
+    "QuestionAnsweringOutput",
+    "SequenceClassifierOutput",
+]

@@ -6,6 +6,7 @@ from opt_core import GenerationConfig, OPTConfig, OPTTokenizer
 from opt_tf.cache import KVCache, LayerCache
 from opt_tf.heads import TFOPTForCausalLM
 from opt_tf.model import TFOPTModel
+from opt_tf.task_heads import TFOPTForQuestionAnswering, TFOPTForSequenceClassification
 
 __all__ = [
     "GenerationConfig",
@@ -14,5 +15,7 @@ __all__ = [
     "OPTConfig",
     "OPTTokenizer",
     "TFOPTForCausalLM",
+    "TFOPTForQuestionAnswering",
+    "TFOPTForSequenceClassification",
     "TFOPTModel",
 ]

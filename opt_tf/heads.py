@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models with a head on top."""
+"""The model with a language modelling head on top."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core import GenerationConfig, InputError, OPTConfig, UnsupportedError
+from opt_core import GenerationConfig, OPTConfig
 from opt_core.generation.transitions import transition_scores
-from opt_core.inputs import IGNORED_LABEL, check_ids, check_labels
 from opt_tf.generation.generate import generate
+from opt_tf.losses import causal_lm_loss
 from opt_tf.model import TFOPTModel
 from opt_tf.outputs import CausalLMOutput, GenerateOutput
-from opt_tf.parts import at_least_float32, is_readable, linear
+from opt_tf.parts import linear
 from opt_tf.pretrained import TFOPTPreTrainedModel
 
 
@@ -132,53 +132,5 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
         found = transition_scores(np.asarray(sequences), arrays, rows, normalize_logits)
         return tf.constant(found)
 
-    def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
-    ) -> Tensor:
-        """The loss that `fit` minimises: the model's own, unless `compile` was given another.
-
-        Its labels stand among the inputs (`{"input_ids": ..., "labels": ...}`) or are the target.
-        Another loss gets the target and the logits as they are: nothing is shifted.
-        """
-        if self.loss is not None:
-            return super().compute_loss(x, y, y_pred.logits, sample_weight, training)
-        if sample_weight is not None:
-            raise UnsupportedError(
-                "sample_weight does not reach the model's own loss: set the labels of tokens that "
-                f"do not count to {IGNORED_LABEL}, or give compile a loss."
-            )
-        if y is None and y_pred.loss is None:
-            raise InputError(
-                "There are no labels to learn from: give them among the inputs, as "
-                '{"input_ids": ..., "labels": ...}, or as the target.'
-            )
-        loss = y_pred.loss if y is None else causal_lm_loss(y_pred.logits, y)
-        # Each replica sees its share of the batch, and their gradients are added up.
-        return loss / tf.distribute.get_strategy().num_replicas_in_sync
-
-
-def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy of each token given those before it; labels of -100 do not count.
-
-    Args:
-        logits: [B, T, V].
-        labels: [B, T].
-    """
-    check_labels(labels.shape, logits.shape)
-    if is_readable(labels):
-        values = labels[labels != IGNORED_LABEL]
-        if len(values):
-            smallest, largest = tf.reduce_min(values), tf.reduce_max(values)
-            check_ids(int(smallest), int(largest), logits.shape[-1], "labels")
-    logits, labels = logits[:, :-1], labels[:, 1:]
-    counts = labels != IGNORED_LABEL
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
-        tf.where(counts, labels, 0), tf.cast(logits, at_least_float32(logits.dtype))
-    )
-    total = tf.reduce_sum(tf.where(counts, losses, 0))
-    return total / tf.reduce_sum(tf.cast(counts, losses.dtype))
+    def loss_of(self, output: CausalLMOutput, target: Tensor) -> Tensor:
+        return causal_lm_loss(output.logits, target)

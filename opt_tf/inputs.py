@@ -25,6 +25,8 @@ TENSORS = (
     "head_mask",
     "inputs_embeds",
     "labels",
+    "start_positions",
+    "end_positions",
 )
 
 

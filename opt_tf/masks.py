@@ -6,6 +6,8 @@ from __future__ import annotations
 import tensorflow as tf
 from tensorflow import Tensor
 
+from opt_tf.parts import is_readable
+
 
 def positions_from_mask(
     attention_mask: Tensor, past_length: int | Tensor, query_length: int | Tensor
@@ -25,12 +27,30 @@ def positions_from_mask(
     return tf.slice(positions, [0, past_length], [-1, query_length])
 
 
+def packed_texts(position_ids: Tensor) -> Tensor | None:
+    """Which of the texts packed into its row each token belongs to; None where that is seen to be one.
+
+    A text begins at position 0; after pads (-1), the first does.
+
+    Args:
+        position_ids: [B or 1, T].
+
+    Returns:
+        [B or 1, T], counted from 0.
+    """
+    begins = (position_ids[:, 1:] == 0) & (position_ids[:, :-1] >= 0)
+    if is_readable(begins) and not tf.reduce_any(begins):
+        return None
+    return tf.pad(tf.cumsum(tf.cast(begins, tf.int32), axis=1), [[0, 0], [1, 0]])
+
+
 def attention_bias(
     attention_mask: Tensor | None,
     query_length: int | Tensor,
     key_length: int | Tensor,
     past_length: int | Tensor,
     dtype: tf.DType,
+    texts: Tensor | None = None,
 ) -> Tensor:
     """0 where a query may see a key, the dtype's lowest finite number where it may not.
 
@@ -38,6 +58,7 @@ def attention_bias(
 
     Args:
         attention_mask: [B, S], 1 at real tokens; None where all are real.
+        texts: [B or 1, T], which text a token belongs to and sees; None where there is one in a row.
 
     Returns:
         [B or 1, 1, T, S].
@@ -48,4 +69,6 @@ def attention_bias(
     if attention_mask is not None:
         real = tf.cast(attention_mask, tf.int32) == 1
         visible = visible & real[:, None, None, :]  # [B, 1, T, S]
+    if texts is not None:
+        visible = visible & (texts[:, None, :, None] == texts[:, None, None, :])
     return tf.where(visible, tf.zeros((), dtype), tf.constant(dtype.min, dtype))

@@ -15,7 +15,7 @@ from opt_core.params import has_final_norm, projects_embeddings
 from opt_tf.attention import DEFAULT_KERNEL, KERNELS, AttentionKernel
 from opt_tf.cache import KVCache, LayerCache
 from opt_tf.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
-from opt_tf.masks import attention_bias, positions_from_mask
+from opt_tf.masks import attention_bias, packed_texts, positions_from_mask
 from opt_tf.outputs import BaseModelOutput
 from opt_tf.parts import FirstValue, existing_rows, linear
 from opt_tf.pretrained import TFOPTPreTrainedModel
@@ -98,11 +98,13 @@ class OPTDecoder(keras.layers.Layer):
         length = keras.ops.shape(inputs_embeds)[1]
         if attention_mask is not None:
             attention_mask = self._fit(attention_mask, past, length)
+        packs = position_ids is not None and past is None
+        texts = packed_texts(position_ids) if packs else None
         if position_ids is None:
             position_ids = self._positions(attention_mask, length, past_length)
         hidden_states = self._embed(inputs_embeds, position_ids)
         kernel = self._kernel(output_attentions, head_mask, training)
-        bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past)
+        bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past, texts)
         hidden_states, cache, all_hidden_states, all_attentions = self._run_layers(
             hidden_states, kernel, bias, is_causal, head_mask, past, training
         )
@@ -192,6 +194,7 @@ class OPTDecoder(keras.layers.Layer):
         attention_mask: Tensor | None,
         hidden_states: Tensor,
         past: KVCache | None,
+        texts: Tensor | None,
     ) -> tuple[Tensor | None, bool]:
         """The bias [B or 1, 1, T, S] and the causal flag that the kernel needs, as few as possible."""
         length = keras.ops.shape(hidden_states)[1]
@@ -201,15 +204,14 @@ class OPTDecoder(keras.layers.Layer):
             dtype = hidden_states.dtype
             bias = attention_bias(attention_mask, length, past.capacity, past_length, dtype)
             return bias, False
-        if attention_mask is None:
+        if attention_mask is None and texts is None:
             if hidden_states.shape[1] == 1:  # one query sees all keys
                 return None, False
             if isinstance(past_length, int) and past_length == 0 and kernel is not KERNELS["eager"]:
                 return None, True
         total = past_length + length
-        return attention_bias(
-            attention_mask, length, total, past_length, hidden_states.dtype
-        ), False
+        dtype = hidden_states.dtype
+        return attention_bias(attention_mask, length, total, past_length, dtype, texts), False
 
     def _positions(
         self, attention_mask: Tensor | None, length: int | Tensor, past_length: int | Tensor
@@ -287,7 +289,8 @@ class TFOPTModel(TFOPTPreTrainedModel):
             output_hidden_states: whether to return each layer's input and the last output.
             return_dict: False for a tuple of the computed fields.
             training: whether dropout and layerdrop are on.
-            position_ids: [B, T]; by default counted from the attention mask.
+            position_ids: [B, T]; by default counted from the attention mask. Without a cache, each
+                0 in the midst of a row begins another text, which sees itself alone.
 
         Returns:
             `last_hidden_state` [B, T, E], `past_key_values`, `hidden_states`, `attentions`.

@@ -12,12 +12,20 @@ from opt_core.outputs import (
     BaseModelOutput,
     CausalLMOutput,
     GenerateOutput,
+    QuestionAnsweringOutput,
+    SequenceClassifierOutput,
     flatten,
     unflatten,
 )
 from opt_tf.cache import KVCache
 
-__all__ = ["BaseModelOutput", "CausalLMOutput", "GenerateOutput"]
+__all__ = [
+    "BaseModelOutput",
+    "CausalLMOutput",
+    "GenerateOutput",
+    "QuestionAnsweringOutput",
+    "SequenceClassifierOutput",
+]
 
 
 for _output in OUTPUTS:

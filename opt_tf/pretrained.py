@@ -11,7 +11,8 @@ import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core import GenerationConfig, InputError, OPTConfig
+from opt_core import GenerationConfig, InputError, OPTConfig, UnsupportedError
+from opt_core.inputs import IGNORED_LABEL
 from opt_core.params import num_parameters, param_table
 from opt_core.pretrained import open_pretrained, save_pretrained
 from opt_tf.attention import DEFAULT_KERNEL, KERNELS
@@ -174,6 +175,46 @@ class TFOPTPreTrainedModel(keras.Model):
             max_shard_size=max_shard_size,
             safe_serialization=safe_serialization,
         )
+
+    def predictions_of(self, output: Any) -> Any:
+        """What a loss given to `compile` compares with the target."""
+        return output.logits
+
+    def loss_of(self, output: Any, target: Any) -> Tensor:
+        """The model's own loss."""
+        raise UnsupportedError(
+            f"{type(self).__name__} has no loss of its own: compile(loss=...) takes one."
+        )
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Tensor:
+        """The loss that `fit` minimises: the model's own, unless `compile` was given another.
+
+        Its labels stand among the inputs (`{"input_ids": ..., "labels": ...}`) or are the target.
+        Another loss gets the target and the logits as they are: nothing is shifted.
+        """
+        if self.loss is not None:
+            predictions = self.predictions_of(y_pred)
+            return super().compute_loss(x, y, predictions, sample_weight, training)
+        if sample_weight is not None:
+            raise UnsupportedError(
+                "sample_weight does not reach the model's own loss: set labels that do not count to "
+                f"{IGNORED_LABEL}, or give compile a loss."
+            )
+        if y is None and y_pred.get("loss") is None:
+            raise InputError(
+                "There are no labels to learn from: give them among the inputs, as "
+                '{"input_ids": ..., "labels": ...}, or as the target.'
+            )
+        loss = y_pred.loss if y is None else self.loss_of(y_pred, y)
+        # Each replica sees its share of the batch, and their gradients are added up.
+        return loss / tf.distribute.get_strategy().num_replicas_in_sync
 
     def get_config(self) -> dict[str, Any]:
         """What a `.keras` file records of the model's making."""

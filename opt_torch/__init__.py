@@ -10,6 +10,7 @@ from opt_core import GenerationConfig, OPTConfig, OPTTokenizer
 from opt_torch.cache import KVCache, LayerCache
 from opt_torch.heads import OPTForCausalLM
 from opt_torch.model import OPTModel
+from opt_torch.task_heads import OPTForQuestionAnswering, OPTForSequenceClassification
 
 __all__ = [
     "GenerationConfig",
@@ -17,6 +18,8 @@ __all__ = [
     "LayerCache",
     "OPTConfig",
     "OPTForCausalLM",
+    "OPTForQuestionAnswering",
+    "OPTForSequenceClassification",
     "OPTModel",
     "OPTTokenizer",
 ]

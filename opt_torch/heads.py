@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models with a head on top."""
+"""The model with a language modelling head on top."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_core import GenerationConfig, OPTConfig
 from opt_core.generation.transitions import transition_scores
-from opt_core.inputs import IGNORED_LABEL, check_ids, check_labels
 from opt_torch.generation.generate import generate
+from opt_torch.losses import causal_lm_loss
 from opt_torch.model import OPTModel
 from opt_torch.outputs import CausalLMOutput, GenerateOutput
-from opt_torch.parts import Linear, at_least_float32, is_readable
+from opt_torch.parts import Linear
 from opt_torch.pretrained import OPTPreTrainedModel
 
 
@@ -104,22 +103,3 @@ class OPTForCausalLM(OPTPreTrainedModel):
         rows = None if beam_indices is None else beam_indices.cpu().numpy()
         found = transition_scores(sequences.cpu().numpy(), arrays, rows, normalize_logits)
         return torch.from_numpy(found)
-
-
-def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy of each token given those before it; labels of -100 do not count.
-
-    Args:
-        logits: [B, T, V].
-        labels: [B, T].
-    """
-    check_labels(labels.shape, logits.shape)
-    if is_readable(labels):
-        values = labels[labels != IGNORED_LABEL]
-        if len(values):
-            check_ids(int(values.min()), int(values.max()), logits.shape[-1], "labels")
-    logits = logits[:, :-1].to(at_least_float32(logits.dtype))
-    labels = labels[:, 1:].to(logits.device)
-    return F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten().long(), ignore_index=IGNORED_LABEL
-    )

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from opt_torch.parts import is_readable
 
 
 def positions_from_mask(
@@ -25,6 +28,23 @@ def positions_from_mask(
     return positions[:, past_length + torch.arange(query_length, device=mask.device)]
 
 
+def packed_texts(position_ids: Tensor) -> Tensor | None:
+    """Which of the texts packed into its row each token belongs to; None where that is seen to be one.
+
+    A text begins at position 0; after pads (-1), the first does.
+
+    Args:
+        position_ids: [B or 1, T].
+
+    Returns:
+        [B or 1, T], counted from 0.
+    """
+    begins = (position_ids[:, 1:] == 0) & (position_ids[:, :-1] >= 0)
+    if is_readable(begins) and not begins.any():
+        return None
+    return F.pad(begins.long().cumsum(dim=1), (1, 0))
+
+
 def attention_bias(
     attention_mask: Tensor | None,
     query_length: int,
@@ -32,6 +52,7 @@ def attention_bias(
     past_length: int | Tensor,
     dtype: torch.dtype,
     device: torch.device,
+    texts: Tensor | None = None,
 ) -> Tensor:
     """0 where a query may see a key, the dtype's lowest finite number where it may not.
 
@@ -39,6 +60,7 @@ def attention_bias(
 
     Args:
         attention_mask: [B, S], 1 at real tokens; None where all are real.
+        texts: [B or 1, T], which text a token belongs to and sees; None where there is one in a row.
 
     Returns:
         [B or 1, 1, T, S].
@@ -48,5 +70,7 @@ def attention_bias(
     visible = (key <= query)[None, None]  # [1, 1, T, S]
     if attention_mask is not None:
         visible = visible & (attention_mask == 1)[:, None, None, :]  # [B, 1, T, S]
+    if texts is not None:
+        visible = visible & (texts[:, None, :, None] == texts[:, None, None, :])
     bias = torch.zeros(visible.shape, dtype=dtype, device=device)
     return bias.masked_fill(~visible, torch.finfo(dtype).min)

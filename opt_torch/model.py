@@ -16,7 +16,7 @@ from opt_core.params import has_final_norm, projects_embeddings
 from opt_torch.attention import DEFAULT_KERNEL, KERNELS, AttentionKernel
 from opt_torch.cache import KVCache, LayerCache
 from opt_torch.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
-from opt_torch.masks import attention_bias, positions_from_mask
+from opt_torch.masks import attention_bias, packed_texts, positions_from_mask
 from opt_torch.outputs import BaseModelOutput
 from opt_torch.parts import Embedding, Linear, is_readable
 from opt_torch.pretrained import OPTPreTrainedModel
@@ -77,11 +77,15 @@ class OPTDecoder(nn.Module):
         total = past_length + length if isinstance(past_length, int) else past.capacity
         if attention_mask is not None:  # of a fixed cache: longer
             attention_mask = F.pad(attention_mask, (0, total - attention_mask.shape[1]))
+        packs = position_ids is not None and past is None
+        texts = packed_texts(position_ids) if packs else None
         if position_ids is None:
             position_ids = self._positions(attention_mask, length, past_length)
         hidden_states = self._embed(inputs_embeds, position_ids)
         kernel = self._kernel(output_attentions, head_mask)
-        bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past_length, total)
+        bias, is_causal = self._bias(
+            kernel, attention_mask, hidden_states, past_length, total, texts
+        )
         hidden_states, cache, all_hidden_states, all_attentions = self._run_layers(
             hidden_states, kernel, bias, is_causal, head_mask, past
         )
@@ -149,16 +153,18 @@ class OPTDecoder(nn.Module):
         hidden_states: Tensor,
         past_length: int | Tensor,
         total: int,
+        texts: Tensor | None,
     ) -> tuple[Tensor | None, bool]:
         """The bias [B or 1, 1, T, S] and the causal flag that the kernel needs, as few as possible."""
         length = hidden_states.shape[1]
-        if attention_mask is None and isinstance(past_length, int):
+        if attention_mask is None and texts is None and isinstance(past_length, int):
             if length == 1:  # one query sees all keys
                 return None, False
             if past_length == 0 and kernel is not KERNELS["eager"]:
                 return None, True
         dtype, device = hidden_states.dtype, hidden_states.device
-        return attention_bias(attention_mask, length, total, past_length, dtype, device), False
+        bias = attention_bias(attention_mask, length, total, past_length, dtype, device, texts)
+        return bias, False
 
     def _positions(
         self, attention_mask: Tensor | None, length: int, past_length: int | Tensor
@@ -252,7 +258,8 @@ class OPTModel(OPTPreTrainedModel):
             output_attentions: whether to return weights, per layer [B, N, T, S].
             output_hidden_states: whether to return each layer's input and the last output.
             return_dict: False for a tuple of the computed fields.
-            position_ids: [B, T]; by default counted from the attention mask.
+            position_ids: [B, T]; by default counted from the attention mask. Without a cache, each
+                0 in the midst of a row begins another text, which sees itself alone.
 
         Returns:
             `last_hidden_state` [B, T, E], `past_key_values`, `hidden_states`, `attentions`.

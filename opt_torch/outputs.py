@@ -10,12 +10,20 @@ from opt_core.outputs import (
     BaseModelOutput,
     CausalLMOutput,
     GenerateOutput,
+    QuestionAnsweringOutput,
+    SequenceClassifierOutput,
     flatten,
     unflatten,
 )
 from opt_torch.cache import KVCache, LayerCache
 
-__all__ = ["BaseModelOutput", "CausalLMOutput", "GenerateOutput"]
+__all__ = [
+    "BaseModelOutput",
+    "CausalLMOutput",
+    "GenerateOutput",
+    "QuestionAnsweringOutput",
+    "SequenceClassifierOutput",
+]
 
 
 for _output in OUTPUTS:

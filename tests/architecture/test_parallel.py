@@ -29,9 +29,8 @@ STATE = "parameters live in the modules of torch alone"
 #: (backend, file, names) -> why only one of torch and that backend has them; patterns are allowed.
 NAMES: dict[tuple[str, str, str], str] = {
     ("tf", "*", "*.build"): BUILD,
-    ("tf", "attention.py", "OPTAttention._join_heads"): "Keras has no flatten of two dimensions",
     ("tf", "cache.py", "KVCache.__tf_*flatten__"): "a cache passes through a compiled function",
-    ("tf", "cache.py", "_swap_axes"): "torch and numpy have it as a method",
+    ("tf", "attention.py", "_swap_axes"): "torch and numpy have it as a method",
     (
         "tf",
         "generation/decode.py",

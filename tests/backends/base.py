@@ -63,12 +63,19 @@ class Backend(ABC):
     # --- models ------------------------------------------------------------------------------
 
     @abstractmethod
-    def load(self, path: str | Path, *, base: bool = False, **options: Any) -> Any:
-        """`from_pretrained` of the causal LM or the base model, with its options as they are."""
+    def load(
+        self, path: str | Path, *, architecture: str = "OPTForCausalLM", **options: Any
+    ) -> Any:
+        """`from_pretrained` of a class, by its name in PyTorch, with its options as they are."""
 
     @abstractmethod
     def create(
-        self, config: OPTConfig, seed: int = 0, *, base: bool = False, **options: Any
+        self,
+        config: OPTConfig,
+        seed: int = 0,
+        *,
+        architecture: str = "OPTForCausalLM",
+        **options: Any,
     ) -> Model:
         """A model with initial values drawn from `seed`."""
 
@@ -89,7 +96,9 @@ class Backend(ABC):
         """The parameters under canonical names and in canonical layout."""
 
     @abstractmethod
-    def shapes(self, config: OPTConfig, *, base: bool = False) -> dict[str, tuple[int, ...]]:
+    def shapes(
+        self, config: OPTConfig, *, architecture: str = "OPTForCausalLM"
+    ) -> dict[str, tuple[int, ...]]:
         """The canonical names and shapes of a model's parameters, without memory for them.
 
         Taken from the framework's own modules, not from the table.
@@ -113,8 +122,10 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def gradients(self, model: Model, **inputs: Any) -> dict[str, Array]:
-        """The gradient of the loss by canonical name, in canonical layout."""
+    def gradients(
+        self, model: Model, *, train: bool = False, seed: int = 0, **inputs: Any
+    ) -> dict[str, Array]:
+        """The gradient of the loss by canonical name, in canonical layout; the rest as `forward`."""
 
     @abstractmethod
     def init_cache(self, model: Model, batch_size: int, max_length: int) -> Any:

@@ -37,13 +37,20 @@ class FlaxBackend(Backend):
     def activation(self, name: str, x: Array) -> Array:
         return np.asarray(ACTIVATIONS[name](jnp.asarray(x)))
 
-    def load(self, path: str | Path, *, base: bool = False, **options: Any) -> Any:
-        return self._class(base).from_pretrained(path, **options)
+    def load(
+        self, path: str | Path, *, architecture: str = "OPTForCausalLM", **options: Any
+    ) -> Any:
+        return self._class(architecture).from_pretrained(path, **options)
 
     def create(
-        self, config: OPTConfig, seed: int = 0, *, base: bool = False, **options: Any
+        self,
+        config: OPTConfig,
+        seed: int = 0,
+        *,
+        architecture: str = "OPTForCausalLM",
+        **options: Any,
     ) -> Any:
-        return self._class(base)(config, seed=seed, **options)
+        return self._class(architecture)(config, seed=seed, **options)
 
     def save(self, model: Any, path: Path, **options: Any) -> None:
         model.save_pretrained(path, **options)
@@ -58,8 +65,10 @@ class FlaxBackend(Backend):
         rows = canonical_arrays(model.params, model.config, model.architecture)
         return {param.name: read().copy() for param, _, read in rows}
 
-    def shapes(self, config: OPTConfig, *, base: bool = False) -> dict[str, tuple[int, ...]]:
-        model = self._class(base)(config, _do_init=False)
+    def shapes(
+        self, config: OPTConfig, *, architecture: str = "OPTForCausalLM"
+    ) -> dict[str, tuple[int, ...]]:
+        model = self._class(architecture)(config, _do_init=False)
         ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         tree = jax.eval_shape(model.module.init, jax.random.key(0), ids)["params"]
         leaves = {path: leaf.shape for path, leaf in flatten_dict(tree).items()}
@@ -75,8 +84,11 @@ class FlaxBackend(Backend):
         output = model(**inputs, train=train, dropout_rng=jax.random.key(seed))
         return read_output(output, _numpy)
 
-    def gradients(self, model: Any, **inputs: Any) -> dict[str, Array]:
-        tree = jax.grad(lambda params: model(**inputs, params=params).loss)(model.params)
+    def gradients(
+        self, model: Any, *, train: bool = False, seed: int = 0, **inputs: Any
+    ) -> dict[str, Array]:
+        mode = {"train": train, "dropout_rng": jax.random.key(seed)}
+        tree = jax.grad(lambda p: model(**inputs, **mode, params=p).loss)(model.params)
         rows = canonical_arrays(tree, model.config, model.architecture)
         return {param.name: read() for param, _, read in rows}
 
@@ -160,8 +172,8 @@ class FlaxBackend(Backend):
         run = jax.jit(run) if compiled else run
         return np.asarray(run(state.logits, state))
 
-    def _class(self, base: bool) -> Any:
-        return opt_flax.FlaxOPTModel if base else opt_flax.FlaxOPTForCausalLM
+    def _class(self, architecture: str) -> Any:
+        return getattr(self.package, self.prefix + architecture)
 
 
 def _numpy(value: Any) -> Any:

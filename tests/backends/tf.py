@@ -37,14 +37,21 @@ class TFBackend(Backend):
     def activation(self, name: str, x: Array) -> Array:
         return ACTIVATIONS[name](tf.constant(x)).numpy()
 
-    def load(self, path: str | Path, *, base: bool = False, **options: Any) -> Any:
-        return self._class(base).from_pretrained(path, **options)
+    def load(
+        self, path: str | Path, *, architecture: str = "OPTForCausalLM", **options: Any
+    ) -> Any:
+        return self._class(architecture).from_pretrained(path, **options)
 
     def create(
-        self, config: OPTConfig, seed: int = 0, *, base: bool = False, **options: Any
+        self,
+        config: OPTConfig,
+        seed: int = 0,
+        *,
+        architecture: str = "OPTForCausalLM",
+        **options: Any,
     ) -> Any:
         keras.utils.set_random_seed(seed)
-        return self._class(base)(config, **options)
+        return self._class(architecture)(config, **options)
 
     def save(self, model: Any, path: Path, **options: Any) -> None:
         model.save_pretrained(path, **options)
@@ -59,9 +66,11 @@ class TFBackend(Backend):
         rows = canonical_arrays(model, model.config, model.architecture)
         return {param.name: read().copy() for param, _, read in rows}
 
-    def shapes(self, config: OPTConfig, *, base: bool = False) -> dict[str, tuple[int, ...]]:
+    def shapes(
+        self, config: OPTConfig, *, architecture: str = "OPTForCausalLM"
+    ) -> dict[str, tuple[int, ...]]:
         with keras.StatelessScope(initialize_variables=False):
-            model = self._class(base)(config, name="root")
+            model = self._class(architecture)(config, name="root")
         keras.utils.clear_session()  # forgets the variables that were promised a value
         leaves = {
             tuple(v.path.removeprefix("root/").replace("layers.", "layers/").split("/")): v.shape
@@ -73,17 +82,19 @@ class TFBackend(Backend):
     def forward(
         self, model: Any, *, train: bool = False, seed: int = 0, **inputs: Any
     ) -> dict[str, Any]:
-        base = model if model.architecture == "OPTModel" else model.model
-        base.decoder.seed_generator.state.assign([seed, 0])
+        _decoder(model).seed_generator.state.assign([seed, 0])
         output = model(**inputs, training=train)
         return read_output(output, _numpy)
 
-    def gradients(self, model: Any, **inputs: Any) -> dict[str, Array]:
+    def gradients(
+        self, model: Any, *, train: bool = False, seed: int = 0, **inputs: Any
+    ) -> dict[str, Array]:
+        _decoder(model).seed_generator.state.assign([seed, 0])
         rows = param_table(model.config, model.architecture)
         owners = [find_parameter(model, param, model.architecture) for param in rows]
         variables = [getattr(layer, leaf).value for layer, leaf in owners]
         with tf.GradientTape() as tape:
-            loss = model(**inputs).loss
+            loss = model(**inputs, training=train).loss
         found = [tf.convert_to_tensor(g).numpy() for g in tape.gradient(loss, variables)]
         return {
             param.name: gradient.T if param.transposed("tf") else gradient
@@ -172,8 +183,12 @@ class TFBackend(Backend):
         run = tf.function(run, jit_compile=True, autograph=False) if compiled else run
         return run(state.logits, state).numpy()
 
-    def _class(self, base: bool) -> Any:
-        return opt_tf.TFOPTModel if base else opt_tf.TFOPTForCausalLM
+    def _class(self, architecture: str) -> Any:
+        return getattr(self.package, self.prefix + architecture)
+
+
+def _decoder(model: Any) -> Any:
+    return (model if model.architecture == "OPTModel" else model.model).decoder
 
 
 def _numpy(value: Any) -> Any:

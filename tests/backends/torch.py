@@ -34,14 +34,21 @@ class TorchBackend(Backend):
     def activation(self, name: str, x: Array) -> Array:
         return ACTIVATIONS[name](torch.from_numpy(x)).numpy()
 
-    def load(self, path: str | Path, *, base: bool = False, **options: Any) -> Any:
-        return self._class(base).from_pretrained(path, **options)
+    def load(
+        self, path: str | Path, *, architecture: str = "OPTForCausalLM", **options: Any
+    ) -> Any:
+        return self._class(architecture).from_pretrained(path, **options)
 
     def create(
-        self, config: OPTConfig, seed: int = 0, *, base: bool = False, **options: Any
+        self,
+        config: OPTConfig,
+        seed: int = 0,
+        *,
+        architecture: str = "OPTForCausalLM",
+        **options: Any,
     ) -> Any:
         torch.manual_seed(seed)
-        return self._class(base)(config, **options).eval()
+        return self._class(architecture)(config, **options).eval()
 
     def save(self, model: Any, path: Path, **options: Any) -> None:
         model.save_pretrained(path, **options)
@@ -56,9 +63,11 @@ class TorchBackend(Backend):
         rows = canonical_arrays(model, model.config, model.architecture)
         return {param.name: read().copy() for param, _, read in rows}
 
-    def shapes(self, config: OPTConfig, *, base: bool = False) -> dict[str, tuple[int, ...]]:
+    def shapes(
+        self, config: OPTConfig, *, architecture: str = "OPTForCausalLM"
+    ) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
-            model = self._class(base)(config)
+            model = self._class(architecture)(config)
         leaves = {tuple(name.split(".")): p.shape for name, p in model.named_parameters()}
         architecture = model.architecture
         return canonical_shapes(param_table(config, architecture), "torch", architecture, leaves)
@@ -75,9 +84,13 @@ class TorchBackend(Backend):
             model.eval()
         return read_output(output, _numpy)
 
-    def gradients(self, model: Any, **inputs: Any) -> dict[str, Array]:
-        model.zero_grad()
+    def gradients(
+        self, model: Any, *, train: bool = False, seed: int = 0, **inputs: Any
+    ) -> dict[str, Array]:
+        torch.manual_seed(seed)
+        model.train(train).zero_grad()
         model(**{name: torch.tensor(value) for name, value in inputs.items()}).loss.backward()
+        model.eval()
         rows = param_table(model.config, model.architecture)
         owners = {p.name: find_parameter(model, p, model.architecture) for p in rows}
         return {n: owner.get_parameter(leaf).grad.numpy() for n, (owner, leaf) in owners.items()}
@@ -159,8 +172,8 @@ class TorchBackend(Backend):
         )
         return process(tuple(processors), state.logits, state).numpy()
 
-    def _class(self, base: bool) -> Any:
-        return opt_torch.OPTModel if base else opt_torch.OPTForCausalLM
+    def _class(self, architecture: str) -> Any:
+        return getattr(self.package, self.prefix + architecture)
 
 
 def _tensor(value: Any) -> Any:

@@ -108,7 +108,7 @@ def test_init_cache_draws_nothing(model):
     """The reference ran a whole random initialisation for the cache's shapes."""
     cache = jax.eval_shape(lambda: model.init_cache(3, 10))
     config = model.config
-    shape = (3, 10, config.num_attention_heads, config.head_dim)
+    shape = (3, config.num_attention_heads, 10, config.head_dim)
     assert [x.shape for x in jax.tree.leaves(cache.layers)] == [shape] * 2 * len(cache)
     empty = model.init_cache(3, 10)
     assert int(empty.length) == 0 and empty.length.dtype == jnp.int32

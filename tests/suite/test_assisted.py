@@ -236,7 +236,7 @@ def test_assistants_that_cannot_help(backend: Backend, models: Any) -> None:
     refused = {
         "vocabulary of 103 tokens, found 99": models("post_norm"),
         "22 positions": short,
-        "expected a model of the class": backend.load(case(NAME).folder, base=True),
+        "expected a model of the class": backend.load(case(NAME).folder, architecture="OPTModel"),
     }
     for message, assistant in refused.items():
         with pytest.raises(InputError, match=message):

@@ -90,7 +90,7 @@ def test_base_model(backend: Backend, models: Any, name: str, situation: str) ->
     """The bare model is loaded from the file of the model with a head."""
     golden = case(name)
     inputs = {k: v for k, v in golden.inputs(situation).items() if k != "labels"}
-    found = backend.forward(models(name, base=True), **inputs, use_cache=False)
+    found = backend.forward(models(name, architecture="OPTModel"), **inputs, use_cache=False)
     assert found.keys() == {"last_hidden_state", "raw"}
     real = golden.real(situation)
     expected = golden.arrays[f"{situation}/base/last_hidden_state"]
@@ -122,7 +122,7 @@ def test_tuple_outputs(backend: Backend, models: Any, name: str) -> None:
         inputs = {key: both[key] for key in keys}
         flags = ("use_cache", "output_hidden_states", "output_attentions")
         inputs |= {flag: entry[flag] for flag in flags}
-        model = models(name, base=entry["class"] == "OPTModel")
+        model = models(name, architecture=entry["class"])
         named = backend.forward(model, **inputs, return_dict=True)
         plain = backend.forward(model, **inputs, return_dict=False)
         assert [key for key in named if key != "raw"] == entry["names"]

@@ -83,7 +83,7 @@ def test_a_seed_says_which_values(backend: Backend, values: dict[str, Array]) ->
 
 
 def test_a_base_model_is_initialised_too(backend: Backend) -> None:
-    found = backend.canonical_weights(backend.create(CONFIG, base=True))
+    found = backend.canonical_weights(backend.create(CONFIG, architecture="OPTModel"))
     assert found.keys() == {param.name for param in param_table(CONFIG, "OPTModel")}
     assert abs(found["model.decoder.project_in.weight"].std() / STD - 1) < 0.03
 

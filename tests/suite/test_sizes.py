@@ -8,7 +8,7 @@ import math
 import pytest
 
 from opt_core import OPTConfig
-from opt_core.params import param_table
+from opt_core.params import ARCHITECTURES, param_table
 from opt_core.presets import PRESETS
 from tests.backends.base import Backend
 from tests.cases import CASES, case
@@ -40,8 +40,9 @@ def test_names_and_shapes_of_the_published_sizes(backend: Backend, size: str) ->
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("base", [False, True], ids=["causal", "base"])
-def test_names_and_shapes_of_every_option(backend: Backend, name: str, base: bool) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_names_and_shapes_of_every_option(backend: Backend, name: str, architecture: str) -> None:
     config = case(name).config
-    table = param_table(config, "OPTModel" if base else "OPTForCausalLM")
-    assert backend.shapes(config, base=base) == {param.name: param.shape for param in table}
+    table = param_table(config, architecture)
+    found = backend.shapes(config, architecture=architecture)
+    assert found == {param.name: param.shape for param in table}

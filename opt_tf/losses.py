@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the heads minimise."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from tensorflow import Tensor
+
+from opt_core.inputs import IGNORED_LABEL, check_ids, check_labels
+from opt_core.tasks import ProblemType, check_class_labels, check_classes
+from opt_tf.parts import at_least_float32, is_readable
+
+
+def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of each token given those before it; labels of -100 do not count.
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T].
+    """
+    check_labels(labels.shape, logits.shape)
+    if is_readable(labels):
+        values = labels[labels != IGNORED_LABEL]
+        if len(values):
+            smallest, largest = tf.reduce_min(values), tf.reduce_max(values)
+            check_ids(int(smallest), int(largest), logits.shape[-1], "labels")
+    return cross_entropy(logits[:, :-1], labels[:, 1:])
+
+
+def classification_loss(logits: Tensor, labels: Tensor, problem: ProblemType) -> Tensor:
+    """The mean squared error, cross-entropy or binary cross-entropy, as the problem asks for.
+
+    `modeling_opt.py:1315-1335` of the reference.
+
+    Args:
+        logits: [B, num_labels].
+        labels: [B] classes, of which -100 does not count, or [B, num_labels] numbers.
+    """
+    check_class_labels(problem, labels.shape, logits.shape)
+    if problem is ProblemType.SINGLE_LABEL:
+        labels = tf.reshape(labels, (-1,))
+        if is_readable(labels):
+            values = labels[labels != IGNORED_LABEL]
+            if len(values):
+                smallest, largest = tf.reduce_min(values), tf.reduce_max(values)
+                check_classes(int(smallest), int(largest), logits.shape[-1])
+        return cross_entropy(logits, labels)
+    logits = tf.cast(logits, at_least_float32(logits.dtype))
+    labels = tf.cast(tf.reshape(labels, tf.shape(logits)), logits.dtype)
+    if problem is ProblemType.REGRESSION:
+        return tf.reduce_mean(tf.square(logits - labels))
+    return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels, logits))
+
+
+def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """The mean of the cross-entropies of both ends of a span.
+
+    Positions below 0 count as 0, and those beyond the text do not count
+    (`modeling_opt.py:1449-1463` of the reference).
+
+    Args:
+        start_logits, end_logits: [B, T].
+        start, end: [B] or [B, 1] positions.
+    """
+
+    def loss(logits: Tensor, positions: Tensor) -> Tensor:
+        length = tf.shape(logits, positions.dtype)[1]
+        positions = tf.clip_by_value(tf.reshape(positions, (-1,)), 0, length)
+        return cross_entropy(logits, tf.where(positions == length, IGNORED_LABEL, positions))
+
+    return (loss(start_logits, start) + loss(end_logits, end)) / 2
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over labels [...] that count, of logits [..., classes], in float32 at least."""
+    labels = tf.cast(labels, tf.int64)
+    counts = labels != IGNORED_LABEL
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+        tf.where(counts, labels, 0), tf.cast(logits, at_least_float32(logits.dtype))
+    )
+    total = tf.reduce_sum(tf.where(counts, losses, 0))
+    return total / tf.reduce_sum(tf.cast(counts, losses.dtype))
