@@ -10,13 +10,14 @@ ENVIRONMENTS ?= .cache/oracle
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PEERS := hf437 hf457 hf5 ct2
+DECODERS := hf457 hf5 ct2 kh
 PEERS_READY := $(PEERS:%=$(ENVIRONMENTS)/%/.ready)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow oracle golden lint format typecheck docs train-sums accuracy memory fuzz conversion wheel clean
+.PHONY: help demo test test-slow oracle golden lint format typecheck docs train-sums accuracy memory bench-decode generation-memory fuzz conversion wheel clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  %-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
 
 demo: $(READY)  ## the main job: one checkpoint, three frameworks, one answer
 	$(BIN)/opt-zoo demo
@@ -60,6 +61,14 @@ accuracy: $(READY)  ## the embedded model on every held-out problem, in the thre
 
 memory: $(READY)  ## peak memory and seconds of from_pretrained in the three frameworks
 	$(BIN)/python benchmarks/loading_memory.py
+
+bench-decode: $(READY) $(DECODERS:%=$(ENVIRONMENTS)/%/.ready)  ## decoding beside the peers (about half an hour, idle machine)
+	OPT_ZOO_PEERS=$(ENVIRONMENTS) $(BIN)/python benchmarks/decode.py --json benchmarks/results/decode.json --plot docs/decoding.svg
+	$(BIN)/python docs/make_performance.py
+
+generation-memory: $(READY)  ## peak memory of generate in the three frameworks
+	$(BIN)/python benchmarks/generation_memory.py --json benchmarks/results/generation_memory.json
+	$(BIN)/python docs/make_performance.py
 
 conversion: $(READY)  ## memory and seconds of converting opt-1.3b between every two formats (10 GB of disk)
 	$(BIN)/python benchmarks/conversion.py

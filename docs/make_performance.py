@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of docs/performance.md and README.md from what `make bench-decode` has measured.
+"""Writes the tables of docs/performance.md and README.md from what has been measured.
 
-python docs/make_performance.py            # after `make bench-decode`
+python docs/make_performance.py            # after `make bench-decode` or `make generation-memory`
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from benchmarks.decode_report import (
     Race,
     errors_table,
     job_table,
+    markdown,
     peers_table,
     races_of,
     summary_table,
 )
-from benchmarks.decode_table import JOBS
+from benchmarks.decode_table import JOBS, SIZES, TITLES
 from docs.make_numerics import BEGIN, replace_block
 
-FIGURES = ROOT / "benchmarks" / "results" / "decode.json"
+RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 
 
@@ -67,20 +68,34 @@ def details(races: Sequence[Race]) -> str:
     return "\n".join(parts)
 
 
-def blocks(found: Mapping[str, Any]) -> dict[str, str]:
+def memory(cases: Sequence[Mapping[str, Any]]) -> str:
+    """Peaks and limits of generating, in megabytes."""
+    rows = [["framework", "batch", "weights", "peak, MB", "limit, MB"]]
+    for case in cases:
+        weights = "prepared" if case["prepared"] else "as loaded"
+        peak = f"{case['peak'] / 1e6:.0f}" + ("" if case["within"] else ", above")
+        limit = f"{case['limit'] / 1e6:.0f}"
+        rows.append([TITLES[case["framework"]], str(case["batch"]), weights, peak, limit])
+    return markdown(rows)
+
+
+def blocks() -> dict[str, str]:
     """The text of each block by its name."""
+    found = json.loads((RESULTS / "decode.json").read_text())
     races = races_of(found)
     return {
         "machine": machine(found),
         "decoding": summary_table(races),
+        "decoding in short": summary_table([race for race in races if race.size == SIZES[0]]),
         "errors": errors_table(races),
         "details": details(races),
+        "memory": memory(json.loads((RESULTS / "generation_memory.json").read_text())),
     }
 
 
 def pages() -> dict[Path, str]:
     """Every page with its blocks filled in."""
-    contents = blocks(json.loads(FIGURES.read_text()))
+    contents = blocks()
     texts = {}
     for page in PAGES:
         text = page.read_text("utf-8")

@@ -30,10 +30,17 @@ class OPTForCausalLMModule(nn.Module):
     attn_implementation: str = DEFAULT_KERNEL
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
 
     def setup(self) -> None:
         config = self.config
-        self.model = OPTModule(config, self.attn_implementation, self.dtype, self.param_dtype)
+        self.model = OPTModule(
+            config,
+            self.attn_implementation,
+            self.dtype,
+            self.param_dtype,
+            self.gradient_checkpointing,
+        )
         # A tied head is the word embedding again: no parameter of its own.
         if has_untied_head(config):
             numbers = (config.init_std, self.dtype, self.param_dtype)

@@ -26,6 +26,9 @@ from opt_flax.parts import Embed, is_readable, linear
 from opt_flax.pretrained import FlaxOPTPreTrainedModel
 from opt_flax.weights import initializer
 
+#: A layer that is computed again for its gradients; static: kernel, is_causal, deterministic.
+RECOMPUTED_LAYER: Any = nn.remat(OPTDecoderLayer, static_argnums=(2, 4, 8))
+
 
 class OPTDecoderLayers(nn.Module):
     """Holds the layers, so that they are named 0, 1, ... below `layers`."""
@@ -33,10 +36,12 @@ class OPTDecoderLayers(nn.Module):
     config: OPTConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
 
     def setup(self) -> None:
+        layer_class = RECOMPUTED_LAYER if self.gradient_checkpointing else OPTDecoderLayer
         self.items = [
-            OPTDecoderLayer(self.config, self.dtype, self.param_dtype, name=str(index))
+            layer_class(self.config, self.dtype, self.param_dtype, name=str(index))
             for index in range(self.config.num_hidden_layers)
         ]
 
@@ -48,6 +53,7 @@ class OPTDecoder(nn.Module):
     attn_implementation: str = DEFAULT_KERNEL
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
 
     def setup(self) -> None:
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -71,7 +77,8 @@ class OPTDecoder(nn.Module):
             self.project_out = linear(embed, *numbers, bias=False)
         # No final norm in a post-norm model, nor where `_remove_final_layer_norm` says so.
         self.final_layer_norm = layer_norm(config, **dtypes) if has_final_norm(config) else None
-        self.layers = OPTDecoderLayers(config, **dtypes)
+        recomputed = {"gradient_checkpointing": self.gradient_checkpointing}
+        self.layers = OPTDecoderLayers(config, **dtypes, **recomputed)
 
     def __call__(
         self,
@@ -89,7 +96,8 @@ class OPTDecoder(nn.Module):
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Arguments and result as `OPTModule`."""
         config = self.config
-        use_cache = past_key_values is not None if use_cache is None else use_cache
+        recomputes = self.gradient_checkpointing and not deterministic
+        use_cache = self._use_cache(use_cache, past_key_values, recomputes)
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_hidden_states is None:
@@ -180,6 +188,15 @@ class OPTDecoder(nn.Module):
             all_attentions,
         )
 
+    def _use_cache(self, use_cache: bool | None, past_key_values: Any, recomputes: bool) -> bool:
+        if recomputes and use_cache:
+            _warn_once(
+                "use_cache",
+                "Gradient checkpointing keeps no keys and values in training: use_cache=True has no "
+                "effect there (said once).",
+            )
+        return not recomputes and (past_key_values is not None if use_cache is None else use_cache)
+
     def _bias(
         self,
         kernel: AttentionKernel,
@@ -215,7 +232,11 @@ class OPTDecoder(nn.Module):
         if (
             output_attentions or head_mask is not None or drops
         ) and self.attn_implementation != "eager":
-            _warn_fallback(self.attn_implementation)
+            _warn_once(
+                self.attn_implementation,
+                f"attn_implementation={self.attn_implementation!r} neither shows attention weights nor "
+                "masks heads nor has dropout: such calls run 'eager' instead (said once).",
+            )
             return KERNELS["eager"]
         return KERNELS[self.attn_implementation]
 
@@ -249,17 +270,13 @@ class OPTDecoder(nn.Module):
             check_positions(int(positions.min()), int(positions.max()), limit)
 
 
-_fallbacks_told: set[str] = set()
+_told: set[str] = set()
 
 
-def _warn_fallback(attn_implementation: str) -> None:
-    if attn_implementation not in _fallbacks_told:
-        _fallbacks_told.add(attn_implementation)
-        warnings.warn(
-            f"attn_implementation={attn_implementation!r} neither shows attention weights nor masks "
-            "heads nor has dropout: such calls run 'eager' instead (said once).",
-            stacklevel=2,
-        )
+def _warn_once(what: str, message: str) -> None:
+    if what not in _told:
+        _told.add(what)
+        warnings.warn(message, stacklevel=2)
 
 
 class OPTModule(nn.Module):
@@ -269,10 +286,15 @@ class OPTModule(nn.Module):
     attn_implementation: str = DEFAULT_KERNEL
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
 
     def setup(self) -> None:
         self.decoder = OPTDecoder(
-            self.config, self.attn_implementation, self.dtype, self.param_dtype
+            self.config,
+            self.attn_implementation,
+            self.dtype,
+            self.param_dtype,
+            self.gradient_checkpointing,
         )
 
     def __call__(

@@ -110,6 +110,24 @@ class FlaxOPTPreTrainedModel:
     def params(self, params: Mapping[str, Any]) -> None:
         self._params = check_params(plain(params), self.config, self.architecture)
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return bool(self.module.gradient_checkpointing)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training, computes each layer again for its gradients instead of keeping what it needs.
+
+        Losses and gradients stay the same, memory falls to one layer's, and no cache is returned.
+        A function that is compiled already keeps the module that it was compiled with.
+        """
+        self.module = self.module.clone(gradient_checkpointing=True)
+
+    enable_gradient_checkpointing = gradient_checkpointing_enable  # the reference's name in Flax
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps what the layers' gradients need again, which is the default."""
+        self.module = self.module.clone(gradient_checkpointing=False)
+
     def num_parameters(self) -> int:
         """The number of scalars, the tied head counted once."""
         return num_parameters(self.config, self.architecture)

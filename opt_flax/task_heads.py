@@ -27,11 +27,18 @@ class OPTForSequenceClassificationModule(nn.Module):
     attn_implementation: str = DEFAULT_KERNEL
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
 
     def setup(self) -> None:
         config = self.config
         numbers = (config.init_std, self.dtype, self.param_dtype)
-        self.model = OPTModule(config, self.attn_implementation, self.dtype, self.param_dtype)
+        self.model = OPTModule(
+            config,
+            self.attn_implementation,
+            self.dtype,
+            self.param_dtype,
+            self.gradient_checkpointing,
+        )
         self.score = linear(config.num_labels, *numbers, bias=False)
 
     def __call__(
@@ -156,11 +163,18 @@ class OPTForQuestionAnsweringModule(nn.Module):
     attn_implementation: str = DEFAULT_KERNEL
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
 
     def setup(self) -> None:
         config = self.config
         numbers = (config.init_std, self.dtype, self.param_dtype)
-        self.model = OPTModule(config, self.attn_implementation, self.dtype, self.param_dtype)
+        self.model = OPTModule(
+            config,
+            self.attn_implementation,
+            self.dtype,
+            self.param_dtype,
+            self.gradient_checkpointing,
+        )
         self.qa_outputs = linear(2, *numbers, bias=True)
 
     def __call__(

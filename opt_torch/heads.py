@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opt_core import GenerationConfig, OPTConfig
+from opt_core import GenerationConfig, InputError, OPTConfig
 from opt_core.generation.transitions import transition_scores
 from opt_torch.generation.generate import generate
 from opt_torch.losses import causal_lm_loss
@@ -33,6 +33,14 @@ class OPTForCausalLM(OPTPreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        if self.config.tie_word_embeddings:
+            raise InputError(
+                "The head is tied to the word embeddings: set config.tie_word_embeddings to False "
+                "first, or use set_input_embeddings."
+            )
+        self.lm_head = value
 
     def forward(
         self,

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from opt_core import OPTConfig
 from opt_core.inputs import check_call, check_ids, check_positions
@@ -30,6 +32,7 @@ class OPTDecoder(nn.Module):
         self.config = config
         self.attn_implementation = attn_implementation
         self.layerdrop = config.layerdrop
+        self.gradient_checkpointing = False
         embed = config.word_embed_proj_dim
         self.embed_tokens = Embedding(config.vocab_size, embed, config.pad_token_id)
         self.embed_positions = OPTLearnedPositionalEmbedding(config)
@@ -60,7 +63,8 @@ class OPTDecoder(nn.Module):
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Arguments and result as `OPTModel.forward`."""
         config = self.config
-        use_cache = config.use_cache if use_cache is None else use_cache
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        use_cache = self._use_cache(use_cache, recomputes)
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_hidden_states is None:
@@ -87,7 +91,7 @@ class OPTDecoder(nn.Module):
             kernel, attention_mask, hidden_states, past_length, total, texts
         )
         hidden_states, cache, all_hidden_states, all_attentions = self._run_layers(
-            hidden_states, kernel, bias, is_causal, head_mask, past
+            hidden_states, kernel, bias, is_causal, head_mask, past, recomputes
         )
         output = BaseModelOutput(
             last_hidden_state=hidden_states,
@@ -112,6 +116,7 @@ class OPTDecoder(nn.Module):
         is_causal: bool,
         head_mask: Tensor | None,
         past: KVCache | None,
+        recomputes: bool,
     ) -> tuple[Tensor, KVCache, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Returns the output [B, T, E], the cache, every layer's input and attention weights."""
         all_hidden_states: tuple[Tensor, ...] = ()
@@ -121,7 +126,8 @@ class OPTDecoder(nn.Module):
             all_hidden_states += (hidden_states,)
             if self.training and self.layerdrop and torch.rand([]) < self.layerdrop:
                 continue
-            hidden_states, weights, cache = layer(
+            run = partial(checkpoint, layer, use_reentrant=False) if recomputes else layer
+            hidden_states, weights, cache = run(
                 hidden_states,
                 kernel,
                 bias,
@@ -130,7 +136,8 @@ class OPTDecoder(nn.Module):
                 None if past is None else past.layers[index],
                 None if past is None else past.length,
             )
-            caches += (cache,)
+            if not recomputes:  # or its keys and values would stay in memory
+                caches += (cache,)
             if weights is not None:
                 all_attentions += (weights,)
         length = hidden_states.shape[1]
@@ -145,6 +152,15 @@ class OPTDecoder(nn.Module):
             all_hidden_states,
             all_attentions,
         )
+
+    def _use_cache(self, use_cache: bool | None, recomputes: bool) -> bool:
+        if recomputes and use_cache:
+            _warn_once(
+                "use_cache",
+                "Gradient checkpointing keeps no keys and values in training: use_cache=True has no "
+                "effect there (said once).",
+            )
+        return not recomputes and (self.config.use_cache if use_cache is None else use_cache)
 
     def _bias(
         self,
@@ -176,8 +192,11 @@ class OPTDecoder(nn.Module):
 
     def _kernel(self, output_attentions: bool, head_mask: Tensor | None) -> AttentionKernel:
         if (output_attentions or head_mask is not None) and self.attn_implementation != "eager":
-            if not torch.compiler.is_compiling():
-                _warn_fallback(self.attn_implementation)
+            _warn_once(
+                self.attn_implementation,
+                f"attn_implementation={self.attn_implementation!r} neither shows attention weights nor "
+                "masks heads: such calls run 'eager' instead (said once).",
+            )
             return KERNELS["eager"]
         return KERNELS[self.attn_implementation]
 
@@ -210,17 +229,13 @@ class OPTDecoder(nn.Module):
             check_positions(int(position_ids.min()), int(position_ids.max()), limit)
 
 
-_fallbacks_told: set[str] = set()
+_told: set[str] = set()
 
 
-def _warn_fallback(attn_implementation: str) -> None:
-    if attn_implementation not in _fallbacks_told:
-        _fallbacks_told.add(attn_implementation)
-        warnings.warn(
-            f"attn_implementation={attn_implementation!r} neither shows attention weights nor masks "
-            "heads: such calls run 'eager' instead (said once).",
-            stacklevel=2,
-        )
+def _warn_once(what: str, message: str) -> None:
+    if what not in _told and not torch.compiler.is_compiling():
+        _told.add(what)
+        warnings.warn(message, stacklevel=2)
 
 
 class OPTModel(OPTPreTrainedModel):

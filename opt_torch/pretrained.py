@@ -12,10 +12,11 @@ from torch import nn
 from opt_core import GenerationConfig, InputError, OPTConfig
 from opt_core.params import num_parameters, param_table
 from opt_core.pretrained import open_pretrained, save_pretrained
+from opt_core.resizing import resized_vocab_size
 from opt_torch.attention import DEFAULT_KERNEL, KERNELS
 from opt_torch.cache import KVCache
 from opt_torch.decoding_weights import prepare, restore
-from opt_torch.weights import assign, canonical_arrays, initialize
+from opt_torch.weights import assign, canonical_arrays, initialize, resized
 
 
 class OPTPreTrainedModel(nn.Module):
@@ -54,11 +55,54 @@ class OPTPreTrainedModel(nn.Module):
             head.weight = self.get_input_embeddings().weight
 
     def get_input_embeddings(self) -> nn.Embedding:
-        base: Any = self if self.architecture == "OPTModel" else self.model
-        return base.decoder.embed_tokens
+        return self._decoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Gives the model other word embeddings; a tied head follows them."""
+        self._decoder.embed_tokens = value
+        self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Linear | None:
         return None
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Gives the model another language modelling head.
+
+        Raises:
+            InputError: the model has none, or it is tied to the word embeddings.
+        """
+        raise InputError(f"{type(self).__name__} has no language modelling head.")
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        """Gives the word embeddings, and the head of a language model, another number of rows.
+
+        The first rows stay, new ones are drawn as in a fresh model; `config.vocab_size` follows.
+
+        Args:
+            new_num_tokens: the number of rows; None keeps it, or rounds it up.
+            pad_to_multiple_of: rounds the number up to a multiple.
+
+        Returns:
+            The word embeddings.
+
+        Raises:
+            InputError: a number that is none, or too small for the special tokens.
+        """
+        size = resized_vocab_size(self.config, new_num_tokens, pad_to_multiple_of)
+        table, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if size != self.config.vocab_size:
+            restore(self)
+            table.weight = resized(table.weight, size, self.config.init_std)
+            table.num_embeddings = size
+            if head is not None:
+                if not self.config.tie_word_embeddings:
+                    head.weight = resized(head.weight, size, self.config.init_std)
+                head.out_features = size
+            self.config.vocab_size = size
+            self.tie_weights()
+        return table
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,6 +111,26 @@ class OPTPreTrainedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.get_input_embeddings().weight.device
+
+    @property
+    def _decoder(self) -> Any:
+        base: Any = self if self.architecture == "OPTModel" else self.model
+        return base.decoder
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self._decoder.gradient_checkpointing
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training, computes each layer again for its gradients instead of keeping what it needs.
+
+        Losses and gradients stay the same, memory falls to one layer's, and no cache is returned.
+        """
+        self._decoder.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps what the layers' gradients need again, which is the default."""
+        self._decoder.gradient_checkpointing = False
 
     def num_parameters(self) -> int:
         """The number of scalars, the tied head counted once."""

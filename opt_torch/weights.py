@@ -69,6 +69,15 @@ def assign(
     initialize(model, config, missing, arch)
 
 
+@torch.no_grad()
+def resized(weight: nn.Parameter, size: int, std: float) -> nn.Parameter:
+    """[V, E] -> [size, E]: the first rows, then as many as are missing, drawn anew."""
+    rows = weight.new_empty(size, weight.shape[1]).normal_(0.0, std)
+    kept = min(size, len(weight))
+    rows[:kept] = weight[:kept]
+    return nn.Parameter(rows, requires_grad=weight.requires_grad)
+
+
 def to_tensor(source: Source, dtype: torch.dtype) -> Tensor:
     """The parameter in `dtype`, as a view on the file where that is the file's own."""
     stored = from_numpy(np.empty(0, source.tensor.dtype)).dtype

@@ -26,7 +26,7 @@ def seen(monkeypatch):
         return attention.sdpa_attention(query, key, value, bias, is_causal, head_mask, dropout)
 
     monkeypatch.setitem(attention.KERNELS, "sdpa", spy)
-    monkeypatch.setattr(model_module, "_fallbacks_told", {"sdpa"})
+    monkeypatch.setattr(model_module, "_told", {"sdpa"})
     return calls
 
 
@@ -53,7 +53,7 @@ def test_no_mask_stays_none(seen, fused):
 
 
 def test_attentions_and_head_mask_fall_back_to_eager(seen, fused, monkeypatch):
-    monkeypatch.setattr(model_module, "_fallbacks_told", set())
+    monkeypatch.setattr(model_module, "_told", set())
     with pytest.warns(UserWarning, match="run 'eager' instead"):
         fused([[5, 6]], output_attentions=True)
     fused([[5, 6]], head_mask=np.ones((3, 4)))  # said once
