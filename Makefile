@@ -63,7 +63,7 @@ memory: $(READY)  ## peak memory and seconds of from_pretrained in the three fra
 	$(BIN)/python benchmarks/loading_memory.py
 
 bench-decode: $(READY) $(DECODERS:%=$(ENVIRONMENTS)/%/.ready)  ## decoding beside the peers (about half an hour, idle machine)
-	OPT_ZOO_PEERS=$(ENVIRONMENTS) $(BIN)/python benchmarks/decode.py --json benchmarks/results/decode.json --plot docs/decoding.svg
+	OPT_ZOO_PEERS=$(ENVIRONMENTS) $(BIN)/python benchmarks/decode.py --json benchmarks/results/decode.json --plot docs/decoding.png
 	$(BIN)/python docs/make_performance.py
 
 generation-memory: $(READY)  ## peak memory of generate in the three frameworks

@@ -139,8 +139,9 @@ def peers_table(races: Iterable[Race]) -> str:
             if not name.startswith("ours"):
                 tokens = f"{entry.same} of {entry.tokens}"
                 tokens += f", margin {entry.margin:.0e}" if entry.same < entry.tokens else ""
-                timed = [f"{race.rate(name):.0f}", f"{entry.compiling:.1f} s"]
-                cells = timed if entry.seconds else ["-", "-"]
+                cells = ["-", "-"]
+                if entry.seconds:
+                    cells = [f"{race.rate(name):.0f}", f"{entry.compiling:.1f} s"]
                 row = [TITLES[race.column], name, *cells, f"{entry.load:.1f} s", tokens]
                 rows.append(row)
         rows += [
@@ -228,5 +229,5 @@ def write_plot(found: Mapping[str, Any], path: Path) -> None:
         "tokens per second; dotted: weights read once per step at full bandwidth", size=8
     )
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(path, dpi=80, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
