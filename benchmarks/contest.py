@@ -64,7 +64,7 @@ class Worker:
     def _answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline() if self.process.stdout is not None else ""
         if not line:
-            self.process.wait()
+            self.process.communicate()
             lines = self.log.read_text("utf-8", errors="replace").strip().splitlines()
             raise LostError(lines[-1] if lines else f"ended with {self.process.returncode}")
         return json.loads(line)
