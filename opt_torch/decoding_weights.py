@@ -46,7 +46,7 @@ PACKABLE = {
 #: The int8 operation reads the weight once for each row, in steps of this many columns.
 INT8_MOST_ROWS = 8
 INT8_COLUMNS = 32
-#: From so many rows on, packed weights were faster on every processor that was tried.
+#: From so many rows on, packed weights are taken without a trial (docs/performance.md: 1.3 times for 8).
 MANY_ROWS = 4
 #: For fewer: how many bytes of weights to multiply, and how often, to tell which layout is faster.
 TRIAL_BYTES = 64 * 2**20

@@ -64,7 +64,7 @@ class OPTDecoder(nn.Module):
         """Arguments and result as `OPTModel.forward`."""
         config = self.config
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        use_cache = self._use_cache(use_cache, recomputes)
+        use_cache = self._use_cache(use_cache, config.use_cache, recomputes)
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_hidden_states is None:
@@ -153,14 +153,14 @@ class OPTDecoder(nn.Module):
             all_attentions,
         )
 
-    def _use_cache(self, use_cache: bool | None, recomputes: bool) -> bool:
+    def _use_cache(self, use_cache: bool | None, default: bool, recomputes: bool) -> bool:
         if recomputes and use_cache:
             _warn_once(
                 "use_cache",
                 "Gradient checkpointing keeps no keys and values in training: use_cache=True has no "
                 "effect there (said once).",
             )
-        return not recomputes and (self.config.use_cache if use_cache is None else use_cache)
+        return not recomputes and (default if use_cache is None else use_cache)
 
     def _bias(
         self,

@@ -93,25 +93,26 @@ def generate(
         UnsupportedError: an option that OPT models cannot have.
     """
     hooks = Hooks.taken_from(options)
-    config = (generation_config or model.generation_config).replace(**options)
+    config = GenerationConfig.of_call(generation_config, model.generation_config, options)
     past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
+    embeds = None if inputs_embeds is None else torch.as_tensor(inputs_embeds, device=model.device)
     given = GivenPrompts(
         _array(input_ids),
         _array(attention_mask),
-        embeds_shape=None if inputs_embeds is None else inputs_embeds.shape,
-        past_length=0 if past is None else int(past.used),
+        embeds_shape=None if embeds is None else embeds.shape,
+        past_shape=None if not past else past[0][0].shape,
         negative_ids=_array(negative_prompt_ids),
         negative_mask=_array(negative_prompt_attention_mask),
     )
     prompts = read_prompts(given, config, model.config)
     plan = make_plan(config, model.config, prompts.lengths, hooks)
     positions = prompts.lengths.longest + plan.max_new_tokens - 1
-    hooks.check_assistant(model, positions, from_ids=inputs_embeds is None and past is None)
+    hooks.check_assistant(model, positions, from_ids=embeds is None and past is None)
     draw = _noise(plan, model, len(prompts.known) * plan.strategy.rows, seed, noise)
     wide, padded = plan, prompts
     if config.cache_implementation == "static" and not config.return_dict_in_generate:
         wide, padded = bucketed(plan, prompts)
-    inputs = _inputs(wide, padded, inputs_embeds, past, plan.max_new_tokens, model.device)
+    inputs = _inputs(wide, padded, embeds, past, plan.max_new_tokens, model.device)
     watch = Watch(
         config,
         hooks,
@@ -119,8 +120,7 @@ def generate(
         to_numpy=lambda tensor: tensor.cpu().numpy(),
         repeat=lambda tensor, repeats: tensor.repeat_interleave(repeats, dim=0),
     )
-    if prompts.given is not None:
-        watch.start(torch.from_numpy(prompts.given))
+    watch.start(prompts.given, len(prompts.known))
     decoded = run(
         model, wide, inputs, draw, watch if watch.is_needed else None, hooks.assistant_model
     )
@@ -189,14 +189,17 @@ def _output(
 
 def _array(value: Any) -> np.ndarray | None:
     """Token ids or a mask as numpy has them."""
-    return None if value is None else torch.as_tensor(value).cpu().numpy()
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
 
 
 def _noise(
     plan: DecodePlan, model: Any, rows: int, seed: int | None, noise: Tensor | None
 ) -> Noise | None:
     """The Gumbel noise [rows, V] of each step; None where nothing is sampled."""
-    check_seed(seed, noise)
+    seed = check_seed(seed, noise, plan.strategy.do_sample)
     if not plan.strategy.do_sample:
         return None
     shape = (rows, model.config.vocab_size)
