@@ -22,12 +22,9 @@ from opt_flax.cache import KVCache, LayerCache
 from opt_flax.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
 from opt_flax.masks import attention_bias, packed_texts, positions_from_mask
 from opt_flax.outputs import BaseModelOutput
-from opt_flax.parts import Embed, is_readable, linear
+from opt_flax.parts import Embed, is_readable, linear, still_pads, recomputed
 from opt_flax.pretrained import FlaxOPTPreTrainedModel
 from opt_flax.weights import initializer
-
-#: A layer that is computed again for its gradients; static: kernel, is_causal, deterministic.
-RECOMPUTED_LAYER: Any = nn.remat(OPTDecoderLayer, static_argnums=(2, 4, 8))
 
 
 class OPTDecoderLayers(nn.Module):
@@ -36,12 +33,10 @@ class OPTDecoderLayers(nn.Module):
     config: OPTConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
 
     def setup(self) -> None:
-        layer_class = RECOMPUTED_LAYER if self.gradient_checkpointing else OPTDecoderLayer
         self.items = [
-            layer_class(self.config, self.dtype, self.param_dtype, name=str(index))
+            OPTDecoderLayer(self.config, self.dtype, self.param_dtype, name=str(index))
             for index in range(self.config.num_hidden_layers)
         ]
 
@@ -77,8 +72,7 @@ class OPTDecoder(nn.Module):
             self.project_out = linear(embed, *numbers, bias=False)
         # No final norm in a post-norm model, nor where `_remove_final_layer_norm` says so.
         self.final_layer_norm = layer_norm(config, **dtypes) if has_final_norm(config) else None
-        recomputed = {"gradient_checkpointing": self.gradient_checkpointing}
-        self.layers = OPTDecoderLayers(config, **dtypes, **recomputed)
+        self.layers = OPTDecoderLayers(config, **dtypes)
 
     def __call__(
         self,
@@ -96,8 +90,8 @@ class OPTDecoder(nn.Module):
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Arguments and result as `OPTModule`."""
         config = self.config
-        recomputes = self.gradient_checkpointing and not deterministic
-        use_cache = self._use_cache(use_cache, past_key_values, recomputes)
+        recomputes = self.gradient_checkpointing and not (deterministic or self.is_initializing())
+        use_cache = self._use_cache(use_cache, past_key_values is not None, recomputes)
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_hidden_states is None:
@@ -109,6 +103,7 @@ class OPTDecoder(nn.Module):
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, E]
+            inputs_embeds = still_pads(inputs_embeds, input_ids, config.pad_token_id)
         length = inputs_embeds.shape[1]
         # A query runs over all columns of a fixed cache; the bias hides those not in use.
         total = length if past is None else length + past.capacity
@@ -124,7 +119,7 @@ class OPTDecoder(nn.Module):
         kernel = self._kernel(output_attentions, head_mask, deterministic)
         bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past, total, texts)
         hidden_states, cache, all_hidden_states, all_attentions = self._run_layers(
-            hidden_states, kernel, bias, is_causal, head_mask, past, deterministic
+            hidden_states, kernel, bias, is_causal, head_mask, past, deterministic, recomputes
         )
         output = BaseModelOutput(
             last_hidden_state=hidden_states,
@@ -150,6 +145,7 @@ class OPTDecoder(nn.Module):
         head_mask: Array | None,
         past: KVCache | None,
         deterministic: bool,
+        recomputes: bool,
     ) -> tuple[Array, KVCache, tuple[Array, ...], tuple[Array, ...]]:
         """Returns the output [B, T, E], the cache, every layer's input and attention weights."""
         all_hidden_states: tuple[Array, ...] = ()
@@ -158,7 +154,8 @@ class OPTDecoder(nn.Module):
         for index, layer in enumerate(self.layers.items):
             all_hidden_states += (hidden_states,)
             residual = hidden_states
-            hidden_states, weights, cache = layer(
+            run = partial(recomputed, layer) if recomputes else layer
+            hidden_states, weights, cache = run(
                 hidden_states,
                 kernel,
                 bias,
@@ -172,7 +169,8 @@ class OPTDecoder(nn.Module):
                 # What a compiled program returns is fixed: a dropped layer shows weights and cache.
                 dropped = jax.random.uniform(self.make_rng("dropout")) < self.layerdrop
                 hidden_states = jnp.where(dropped, residual, hidden_states)
-            caches += (cache,)
+            if not recomputes:  # or its keys and values would stay in memory
+                caches += (cache,)
             if weights is not None:
                 all_attentions += (weights,)
         length = hidden_states.shape[1]
@@ -188,14 +186,14 @@ class OPTDecoder(nn.Module):
             all_attentions,
         )
 
-    def _use_cache(self, use_cache: bool | None, past_key_values: Any, recomputes: bool) -> bool:
+    def _use_cache(self, use_cache: bool | None, default: bool, recomputes: bool) -> bool:
         if recomputes and use_cache:
             _warn_once(
                 "use_cache",
                 "Gradient checkpointing keeps no keys and values in training: use_cache=True has no "
                 "effect there (said once).",
             )
-        return not recomputes and (past_key_values is not None if use_cache is None else use_cache)
+        return not recomputes and (default if use_cache is None else use_cache)
 
     def _bias(
         self,

@@ -121,9 +121,46 @@ def _has_16_bits(x: Array) -> bool:
     return x.dtype.itemsize < 4
 
 
+def recomputed(layer: nn.Module, hidden_states: Array, *arguments: Any) -> Any:
+    """Calls a layer, which computes anew for its gradients what it does not get as an argument.
+
+    `nn.remat` does so too, but frees nothing on a CPU: XLA may compute a layer again as soon as its
+    input is there, and there computes all of them before it needs the first.
+
+    Args:
+        layer: bound to its parameters; its first argument and first result are hidden states.
+    """
+    module, variables = layer.unbind()
+    leaves, structure = jax.tree.flatten(arguments)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+    others = [None if i in arrays else leaf for i, leaf in enumerate(leaves)]
+
+    def run(variables: Any, rngs: Any, hidden_states: Array, arrays: Any) -> Any:
+        given = [arrays.get(i, other) for i, other in enumerate(others)]
+        return module.apply(variables, hidden_states, *structure.unflatten(given), rngs=rngs)
+
+    def run_again(inputs: tuple[Any, ...], gradients: Any) -> tuple[Any, ...]:
+        variables, rngs, hidden_states, arrays = inputs
+        # The sum waits for the gradient, of which XLA cannot know that it adds nothing.
+        nothing = 0 * jnp.nan_to_num(gradients[0][..., :1])
+        inputs = variables, rngs, hidden_states + nothing, arrays
+        return jax.vjp(run, *inputs)[1](gradients)
+
+    call = jax.custom_vjp(run)
+    call.defvjp(lambda *inputs: (run(*inputs), inputs), run_again)
+    return call(variables, layer.scope.rngs, hidden_states, arrays)
+
+
 def in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
     """The function, computed in float32 at least and rounded once, as PyTorch's kernels do."""
     return lambda x: function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+
+
+def still_pads(vectors: Array, ids: Array, pad_token_id: int | None) -> Array:
+    """The vectors [B, T, E] that were looked up; looking up a pad moves its row by no gradient."""
+    if pad_token_id is None:
+        return vectors
+    return jnp.where((ids == pad_token_id)[..., None], jax.lax.stop_gradient(vectors), vectors)
 
 
 def is_readable(value: Any) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import keras
@@ -17,7 +18,7 @@ from opt_tf.cache import KVCache, LayerCache
 from opt_tf.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
 from opt_tf.masks import attention_bias, packed_texts, positions_from_mask
 from opt_tf.outputs import BaseModelOutput
-from opt_tf.parts import FirstValue, existing_rows, linear
+from opt_tf.parts import FirstValue, existing_rows, linear, recomputed, still_pads
 from opt_tf.pretrained import TFOPTPreTrainedModel
 
 
@@ -31,6 +32,7 @@ class OPTDecoder(keras.layers.Layer):
         self.config = config
         self.attn_implementation = attn_implementation
         self.layerdrop = config.layerdrop
+        self.gradient_checkpointing = False
         self.seed_generator = keras.random.SeedGenerator()
         embed, dtype = config.word_embed_proj_dim, self.dtype_policy
         self.embed_tokens = keras.layers.Embedding(
@@ -82,7 +84,8 @@ class OPTDecoder(keras.layers.Layer):
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Arguments and result as `TFOPTModel.call`."""
         config = self.config
-        use_cache = config.use_cache if use_cache is None else use_cache
+        recomputes = self.gradient_checkpointing and bool(training)
+        use_cache = self._use_cache(use_cache, recomputes)
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_hidden_states is None:
@@ -94,6 +97,7 @@ class OPTDecoder(keras.layers.Layer):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, E]
             inputs_embeds = existing_rows(inputs_embeds, input_ids, config.vocab_size)
+            inputs_embeds = still_pads(inputs_embeds, input_ids, config.pad_token_id)
         inputs_embeds = tf.cast(inputs_embeds, self.compute_dtype)
         length = keras.ops.shape(inputs_embeds)[1]
         if attention_mask is not None:
@@ -106,7 +110,7 @@ class OPTDecoder(keras.layers.Layer):
         kernel = self._kernel(output_attentions, head_mask, training)
         bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past, texts)
         hidden_states, cache, all_hidden_states, all_attentions = self._run_layers(
-            hidden_states, kernel, bias, is_causal, head_mask, past, training
+            hidden_states, kernel, bias, is_causal, head_mask, past, training, recomputes
         )
         output = BaseModelOutput(
             last_hidden_state=hidden_states,
@@ -132,6 +136,7 @@ class OPTDecoder(keras.layers.Layer):
         head_mask: Tensor | None,
         past: KVCache | None,
         training: bool | None,
+        recomputes: bool,
     ) -> tuple[Tensor, KVCache, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Returns the output [B, T, E], the cache, every layer's input and attention weights."""
         all_hidden_states: tuple[Tensor, ...] = ()
@@ -142,7 +147,8 @@ class OPTDecoder(keras.layers.Layer):
             keeps = self._keeps_layer() if training and self.layerdrop else True
             if keeps is False:
                 continue
-            output, weights, cache = layer(
+            run = partial(recomputed, layer) if recomputes else layer
+            output, weights, cache = run(
                 hidden_states,
                 kernel=kernel,
                 bias=bias,
@@ -155,7 +161,8 @@ class OPTDecoder(keras.layers.Layer):
                 seed=self._next_seed() if training else None,
             )
             hidden_states = output if keeps is True else tf.where(keeps, output, hidden_states)
-            caches += (cache,)
+            if not recomputes:  # or its keys and values would stay in memory
+                caches += (cache,)
             if weights is not None:
                 all_attentions += (weights,)
         length = keras.ops.shape(hidden_states)[1]
@@ -170,6 +177,15 @@ class OPTDecoder(keras.layers.Layer):
             all_hidden_states,
             all_attentions,
         )
+
+    def _use_cache(self, use_cache: bool | None, recomputes: bool) -> bool:
+        if recomputes and use_cache:
+            _warn_once(
+                "use_cache",
+                "Gradient checkpointing keeps no keys and values in training: use_cache=True has no "
+                "effect there (said once).",
+            )
+        return not recomputes and (self.config.use_cache if use_cache is None else use_cache)
 
     def _next_seed(self) -> Tensor:
         return tf.cast(self.seed_generator.next(), tf.int64)  # [2]
@@ -227,22 +243,23 @@ class OPTDecoder(keras.layers.Layer):
         drops = bool(training) and self.config.attention_dropout > 0
         if output_attentions or head_mask is not None or drops:
             if self.attn_implementation != "eager":
-                _warn_fallback(self.attn_implementation)
+                _warn_once(
+                    self.attn_implementation,
+                    f"attn_implementation={self.attn_implementation!r} shows no attention weights, "
+                    "and neither masks heads nor drops weights: such calls run 'eager' instead (said "
+                    "once).",
+                )
             return KERNELS["eager"]
         return KERNELS[self.attn_implementation]
 
 
-_fallbacks_told: set[str] = set()
+_told: set[str] = set()
 
 
-def _warn_fallback(attn_implementation: str) -> None:
-    if attn_implementation not in _fallbacks_told:
-        _fallbacks_told.add(attn_implementation)
-        warnings.warn(
-            f"attn_implementation={attn_implementation!r} shows no attention weights, and neither "
-            "masks heads nor drops weights: such calls run 'eager' instead (said once).",
-            stacklevel=2,
-        )
+def _warn_once(what: str, message: str) -> None:
+    if what not in _told:
+        _told.add(what)
+        warnings.warn(message, stacklevel=2)
 
 
 @keras.saving.register_keras_serializable("opt_tf")

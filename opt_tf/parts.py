@@ -11,6 +11,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 
+@keras.saving.register_keras_serializable("opt_tf")
 class FirstValue(keras.initializers.Initializer):
     """A variable's first value, decided by `opt_tf.weights` between its declaration and its making."""
 
@@ -84,6 +85,26 @@ def split_seed(seed: Tensor | None, number: int) -> list[Tensor | None]:
     return [tf.random.experimental.stateless_fold_in(seed, part) for part in range(number)]
 
 
+def recomputed(layer: Callable[..., Any], hidden_states: Tensor, **arguments: Any) -> Any:
+    """What a decoder layer returns, less its cache; its gradients compute it again.
+
+    Its seed is an argument, so the same elements are dropped both times. Gradients reach what is
+    handed to `tf.recompute_grad`: the variables and its own arguments, the layer's floating-point
+    inputs but for the bias, which has none.
+    """
+    names = [name for name in ("head_mask", "past") if arguments[name] is not None]
+
+    @tf.recompute_grad
+    def run(hidden_states: Tensor, *inputs: Any) -> list[Tensor]:
+        output, weights, _ = layer(
+            hidden_states, **{**arguments, **dict(zip(names, inputs, strict=True))}
+        )
+        return [output] if weights is None else [output, weights]
+
+    output, *weights = run(hidden_states, *(arguments[name] for name in names))
+    return output, weights[0] if weights else None, None
+
+
 def existing_rows(vectors: Tensor, rows: Tensor, count: int) -> Tensor:
     """The vectors that were looked up; in a graph, NaN where a table of `count` rows has no such row.
 
@@ -93,6 +114,13 @@ def existing_rows(vectors: Tensor, rows: Tensor, count: int) -> Tensor:
         return vectors
     exists = (rows >= 0) & (rows < count)
     return tf.where(exists[..., None], vectors, tf.constant(float("nan"), vectors.dtype))
+
+
+def still_pads(vectors: Tensor, ids: Tensor, pad_token_id: int | None) -> Tensor:
+    """The vectors [B, T, E] that were looked up; looking up a pad moves its row by no gradient."""
+    if pad_token_id is None:
+        return vectors
+    return tf.where((ids == pad_token_id)[..., None], tf.stop_gradient(vectors), vectors)
 
 
 def is_readable(value: Any) -> bool:

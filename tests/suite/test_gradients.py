@@ -51,9 +51,20 @@ def test_every_gradient(backend: Backend, name: str, situation: str) -> None:
         for parameter, gradient in gradients.items():
             direction = random.choice([-1.0, 1.0], gradient.shape)
             if parameter.endswith("embed_tokens.weight"):
-                direction[golden.config.pad_token_id] = 0  # torch never moves the pad's row
+                direction[golden.config.pad_token_id] = 0  # looking up a pad never moves its row
             expected = slope(name, parameter, direction, inputs)
             found = float((gradient * direction).sum())
             # Some are zero: a softmax does not change with the key's bias.
             scale = max(abs(expected), float(np.linalg.norm(gradient)), 1e-2)
             assert abs(found - expected) <= 1e-4 * scale, (kernel, parameter, found, expected)
+
+
+def test_looking_up_a_pad_moves_nothing(backend: Backend) -> None:
+    """As `padding_idx` in the reference; a tied head moves the pad's row all the same."""
+    for name, is_tied in (("untied_gelu", False), ("pre_norm", True)):
+        golden = case(name)
+        pad = golden.config.pad_token_id
+        ids = np.array([[5, pad, 7, pad, 9]])
+        found = backend.gradients(backend.load(golden.folder), input_ids=ids, labels=ids)
+        rows = found["model.decoder.embed_tokens.weight"]
+        assert rows[5].any() and rows[pad].any() == is_tied
