@@ -2,7 +2,7 @@
 """All tests in parts, each in a process of its own, two at a time; `make test` runs it.
 
 Three frameworks in one process fight over threads and memory, so the suite runs once per backend, and
-twice for those that compile: the decoding tests by themselves. A part that finds no tests, or a backend
+thrice for those that compile: decoding and training by themselves. A part that finds no tests, or a backend
 that cannot be imported, is a failure. What a part prints is shown when it has ended.
 """
 
@@ -26,6 +26,8 @@ LONGEST_FIRST = (
     "flax",
     "tf-decoding",
     "flax-decoding",
+    "tf-training",
+    "flax-training",
     "neutral",
     "tf",
     "torch",
@@ -43,15 +45,25 @@ NEUTRAL = (
     "faults",
     "fuzz",
 )
-#: Files of tests/suite that decode: they wait for loops to be compiled, and compare tokens.
+#: Files of tests/suite that wait for programs to be compiled: loops, and what concerns training.
 DECODING = (
     "assisted",
     "constrained",
     "contrastive",
     "dola",
     "generate",
+    "generate_edges",
     "sampling",
     "strategies",
+)
+TRAINING = ("checkpointing", "dropout", "heads", "packing", "resizing")
+#: Those whose cases are one program each, apart: a process can map only so many programs (Linux:
+#: vm.max_map_count), and XLA gives none of them back.
+ROW_BY_ROW = "tests/suite/test_strategies.py::test_each_row_alone"
+PROGRAMS = (
+    ("tests/suite/test_generate.py", "tests/suite/test_sampling.py"),
+    ("tests/suite/test_strategies.py", f"--deselect={ROW_BY_ROW}"),
+    (ROW_BY_ROW,),
 )
 #: Two threads each, as on the smallest machine; TensorFlow's messages would hide the tests' own.
 ENVIRONMENT = {
@@ -60,7 +72,7 @@ ENVIRONMENT = {
     "TF_NUM_INTEROP_THREADS": "2",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-#: XLA's own passes all run, and LLVM optimises little: decoding tests take a third less. What computes
+#: XLA's own passes all run, and LLVM optimises little: these tests take a third less. What computes
 #: logits, gradients, processors and the loops by themselves is tested as users run it.
 QUICKLY_COMPILED = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
@@ -84,10 +96,17 @@ def parts(slow: bool) -> dict[str, list[str]]:
     python = [sys.executable, "-m"]
     pytest = [*python, "pytest", "-q", "-m"]
     neutral = [f"tests/{name}" for name in NEUTRAL]
-    decoding = [f"tests/suite/test_{name}.py" for name in DECODING]
+    waiting = {
+        "decoding": [f"tests/suite/test_{name}.py" for name in DECODING],
+        "training": [f"tests/suite/test_{name}.py" for name in TRAINING],
+    }
     if slow:
-        every = [*python, "pytest", "-q", "--all-programs", *decoding, "--backend"]
-        programs = {f"{backend}-decoding": [*every, backend] for backend in COMPILING}
+        every = [*python, "pytest", "-q", "--all-programs", "--backend"]
+        programs = {
+            f"{backend}-{number}-decoding": [*every, backend, *tests]
+            for backend in COMPILING
+            for number, tests in enumerate(PROGRAMS)
+        }
         return {"neutral": [*pytest, "slow", *neutral], **programs}
     pytest.append("not (hub or gpu or oracle or slow)")
     commands = {
@@ -100,15 +119,17 @@ def parts(slow: bool) -> dict[str, list[str]]:
         tests = [*pytest, "--backend", backend]
         commands[backend] = [*tests, "tests/suite", f"tests/{backend}"]
         if backend in COMPILING:
-            commands[backend] += [f"--ignore={path}" for path in decoding]
-            commands[f"{backend}-decoding"] = [*tests, *decoding]
+            for what, paths in waiting.items():
+                commands[backend] += [f"--ignore={path}" for path in paths]
+                commands[f"{backend}-{what}"] = [*tests, *paths]
     return commands
 
 
 def run(name: str, command: list[str]) -> Result:
     """Runs one part and counts; a tool other than pytest counts as one test."""
     start = time.monotonic()
-    environment = {**ENVIRONMENT, **(QUICKLY_COMPILED if name.endswith("-decoding") else {})}
+    quickly = name.endswith(("-decoding", "-training"))
+    environment = {**ENVIRONMENT, **(QUICKLY_COMPILED if quickly else {})}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         if "pytest" in command:
@@ -149,7 +170,7 @@ def main() -> int:
     commands = parts(options.slow)
     if unknown := set(options.names) - set(commands):
         parser.error(f"no part {sorted(unknown)}: expected some of {', '.join(commands)}")
-    names = sorted(options.names or commands, key=LONGEST_FIRST.index)
+    names = sorted(options.names or commands, key=(*LONGEST_FIRST, *commands).index)
     start = time.monotonic()
     with ThreadPoolExecutor(options.jobs) as pool:
         results = list(pool.map(lambda name: run(name, commands[name]), names))
