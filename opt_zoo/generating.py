@@ -68,6 +68,10 @@ def generate(
         **parse_options(option or ()),
     }
     _check_strategy(strategy, given, assistant)
+    if given.get("return_dict_in_generate"):
+        raise InputError("return_dict_in_generate: the command prints sequences and nothing else.")
+    if stream and given.get("num_return_sequences", 1) > 1:
+        raise InputError("--stream prints one sequence: leave out --num-return-sequences.")
     request = Request(
         name,
         str(prompts.directory),

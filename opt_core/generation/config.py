@@ -14,7 +14,7 @@ from typing import Any, Self
 from opt_core.config import OPTConfig, read_json_object
 from opt_core.errors import InputError
 from opt_core.files import atomic_write
-from opt_core.generation.values import CHECKS, NORMAL_FORMS
+from opt_core.generation.values import CHECKS, NORMAL_FORMS, plain
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 
@@ -92,7 +92,7 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value = plain(getattr(self, field.name))
             if value is None and field.name not in MEANINGFUL_NONE:
                 value = field.default  # None says nothing
             if field.name in CHECKS:
@@ -104,7 +104,7 @@ class GenerationConfig:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         eos = self.eos_token_id
-        return () if eos is None else (eos,) if isinstance(eos, int) else eos
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(dict.fromkeys(eos))
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy; an option that does not exist is an error that names the nearest one.
@@ -116,11 +116,31 @@ class GenerationConfig:
         own = {key: value for key, value in changes.items() if key in FIELDS}
         foreign = {key: value for key, value in changes.items() if key not in FIELDS}
         for name in foreign:
+            if name in CALL_ARGUMENTS:
+                raise InputError(f"{name} is an argument of generate, not an option of its config.")
             if name not in OTHER_OPTIONS:
                 close = difflib.get_close_matches(name, [*FIELDS, *CALL_ARGUMENTS], n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise InputError(f"generate has no option {name!r}.{hint}")
         return dataclasses.replace(self, **own, extra={**self.extra, **foreign})
+
+    @classmethod
+    def of_call(
+        cls, given: object, default: object, options: Mapping[str, Any]
+    ) -> GenerationConfig:
+        """The options of a call: its arguments beat `generation_config=`, which beats the model's.
+
+        Raises:
+            InputError: something else than a `GenerationConfig`, or an unknown option.
+            ConfigError: a value out of its range.
+        """
+        base = default if given is None else given
+        if not isinstance(base, GenerationConfig):
+            raise InputError(
+                f"generation_config: expected an opt_core.GenerationConfig, found "
+                f"{type(base).__name__}. GenerationConfig.from_dict makes one of a dictionary."
+            )
+        return base.replace(**options)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -5,17 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
+from opt_core.generation.streaming import TextStreamer
 
 
+@runtime_checkable
 class Streamer(Protocol):
     """What tokens are pushed to as they are made."""
 
     def put(self, value: Any) -> None:
-        """Takes the prompts [B, T] first, then the tokens [B] of each step, as numpy arrays."""
+        """Takes the prompts [B, T] first, then the tokens [B] of each step, as numpy arrays.
+
+        Prompts of embeddings alone have no columns: [B, 0].
+        """
 
     def end(self) -> None:
         """Is called after the last tokens."""
@@ -58,6 +63,16 @@ class Hooks:
         if self.streamer is not None and options.num_beams > 1:
             raise InputError(
                 "A streamer cannot follow beams, which change their past: num_beams=1."
+            )
+        if self.streamer is not None and not isinstance(self.streamer, Streamer):
+            raise InputError(
+                f"streamer: expected an object with the methods put(ids) and end(), found "
+                f"{self.streamer!r}."
+            )
+        if isinstance(self.streamer, TextStreamer) and options.num_return_sequences > 1:
+            raise InputError(
+                "A TextStreamer prints one sequence: num_return_sequences=1, found "
+                f"{options.num_return_sequences}."
             )
         if options.stop_strings is not None and self.tokenizer is None:
             raise InputError(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from opt_core.generation.strategies import (
 BUCKET = 32
 #: Below it, scores divided by the temperature would no longer be numbers of float32.
 LOWEST_TEMPERATURE = 1e-30
+#: Above it, in powers of ten, lengths with a length_penalty would no longer be numbers of float32.
+HIGHEST_POWER = 30
 #: Options -> what they are for; elsewhere they have no effect, which is said.
 PURPOSES = {
     "temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff": "do_sample=True",
@@ -151,6 +154,7 @@ def make_plan(
     max_new_tokens = _max_new_tokens(options, config, lengths, strategy)
     _check_ids(options, config)
     _check_consistency(options, lengths.counted + max_new_tokens, max_new_tokens)
+    _check_beams(options, config, max_new_tokens)
     _warn_of_unused(options, mode)
     return DecodePlan(
         strategy=strategy,
@@ -261,6 +265,20 @@ def _check_consistency(options: GenerationConfig, length: int, max_new_tokens: i
         )
     if options.exponential_decay_length_penalty is not None and not options.eos_token_ids:
         raise InputError("exponential_decay_length_penalty needs an eos_token_id to make likelier.")
+
+
+def _check_beams(options: GenerationConfig, config: OPTConfig, max_new_tokens: int) -> None:
+    if options.num_beams == 1:
+        return
+    if abs(options.length_penalty) * math.log10(max_new_tokens) > HIGHEST_POWER:
+        raise InputError(
+            f"length_penalty={options.length_penalty}: scores divided by {max_new_tokens} ** "
+            "length_penalty are no numbers of float32 any more. Choose it closer to 0."
+        )
+    if len(options.eos_token_ids) >= config.vocab_size:
+        raise InputError(
+            f"eos_token_id holds all {config.vocab_size} tokens: no beam can go on. Leave out one."
+        )
 
 
 def _warn_of_unused(options: GenerationConfig, mode: GenerationMode) -> None:

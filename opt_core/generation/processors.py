@@ -8,6 +8,7 @@ the prompts as they were given, their padding included.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -128,10 +129,17 @@ class PrefixAllowed(HostProcessor):
         """Which tokens [V] may follow those of a row.
 
         Raises:
-            InputError: the function allows none, or one outside the vocabulary.
+            InputError: the function returns no list of ids, or none, or one outside the vocabulary.
         """
         prompt = row // self.rows_per_prompt
-        found = [int(token) for token in self.function(prompt, token_ids)]
+        returned = self.function(prompt, token_ids)
+        try:
+            found = [operator.index(token) for token in returned]
+        except TypeError as error:
+            raise InputError(
+                f"prefix_allowed_tokens_fn: expected a list of token ids, found {returned!r} for prompt "
+                f"{prompt} after {len(token_ids)} tokens."
+            ) from error
         if not found or not 0 <= min(found) <= max(found) < vocab_size:
             raise InputError(
                 f"prefix_allowed_tokens_fn: expected ids from 0 to {vocab_size - 1}, at least one, "

@@ -6,6 +6,7 @@ Arrays are numpy's, or traced ones of a namespace that is numpy's twin, whose va
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,15 +48,20 @@ class GivenPrompts:
 
     Attributes:
         embeds_shape: [B, T, E] of `inputs_embeds`, where given.
-        past_length: the columns of `past_key_values`.
+        past_shape: [B, N, S, H] of what `past_key_values` holds of a layer, where given.
     """
 
     input_ids: Any
     attention_mask: Any
     embeds_shape: Shape | None = None
-    past_length: int = 0
+    past_shape: Shape | None = None
     negative_ids: Any = None
     negative_mask: Any = None
+
+    @property
+    def past_length(self) -> int:
+        """The columns of `past_key_values`."""
+        return 0 if self.past_shape is None else int(self.past_shape[2] or 0)
 
 
 def read_prompts(
@@ -75,13 +81,15 @@ def read_prompts(
         _check_embeds(given.embeds_shape or (), config)
         tokens = xp.full(given.embeds_shape[:2], options.pad_token_id or 0)  # type: ignore[index]
     else:
-        tokens = xp.asarray(start_of_text(options) if given.input_ids is None else given.input_ids)
+        ids = start_of_text(options) if given.input_ids is None else given.input_ids
+        tokens = _read("input_ids", ids, xp)
         check_prompt_shape(tokens.shape, str(tokens.dtype))
         _check_with_embeds(tokens.shape, given)
     mask = given.attention_mask
     if mask is None and infers_mask(options) and not embeds_only:
         mask = tokens != options.pad_token_id
-    mask = xp.ones_like(tokens) if mask is None else xp.asarray(mask)
+    mask = xp.ones_like(tokens) if mask is None else _read("attention_mask", mask, xp)
+    check_mask_shape(mask.shape, tokens.shape)
     is_padded, longest = True, tokens.shape[1]
     if xp is np:
         check_prompts(tokens, mask, config)
@@ -89,8 +97,8 @@ def read_prompts(
     tokens, mask = tokens.astype(np.int32), mask.astype(np.int32)
     ids = None if embeds_only else tokens
     order = xp.argsort(mask, axis=1, stable=True)  # [B, T]
-    if given.past_length:
-        _check_past(given, order, xp)
+    if given.past_shape is not None:
+        _check_past(given, given.past_shape, order, config, xp)
     tokens, mask = (xp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
     known = xp.zeros_like(mask) if embeds_only else mask
     counted = 0 if embeds_only else tokens.shape[1]
@@ -103,7 +111,7 @@ def read_prompts(
         )
         known = _widened(known, columns, xp)
         is_padded, longest = True, columns if xp is not np else int(mask.sum(axis=1).max())
-    elif given.negative_ids is not None:
+    elif given.negative_ids is not None or given.negative_mask is not None:
         raise InputError("negative_prompt_ids needs a guidance_scale other than 1.")
     columns = tokens.shape[1]
     offset = columns - counted
@@ -146,18 +154,21 @@ def check_prompt_shape(shape: Shape, dtype: str) -> None:
         raise InputError(f"input_ids: expected whole numbers, found {dtype}.")
 
 
+def check_mask_shape(shape: Shape, expected: Shape) -> None:
+    """Raises InputError unless the mask has the shape of the prompts."""
+    if tuple(shape) != tuple(expected):
+        raise InputError(
+            f"attention_mask: expected the shape of input_ids, {tuple(expected)}, found {tuple(shape)}."
+        )
+
+
 def check_prompts(input_ids: np.ndarray, attention_mask: np.ndarray, config: OPTConfig) -> None:
     """Checks the values of prompts [B, T] and of their mask.
 
     Raises:
-        InputError: a mask of another shape or with other values than 0 and 1, a row without a single
-            real token, ids outside the vocabulary.
+        InputError: a mask with other values than 0 and 1, a row without a single real token, ids
+            outside the vocabulary.
     """
-    if attention_mask.shape != input_ids.shape:
-        raise InputError(
-            f"attention_mask: expected the shape of input_ids, {input_ids.shape}, found "
-            f"{attention_mask.shape}."
-        )
     if not np.isin(attention_mask, (0, 1)).all():
         raise InputError("attention_mask: expected 1 at real tokens and 0 at pads, nothing else.")
     empty = np.flatnonzero(~attention_mask.any(axis=1))
@@ -169,12 +180,23 @@ def check_prompts(input_ids: np.ndarray, attention_mask: np.ndarray, config: OPT
     check_ids(int(input_ids.min()), int(input_ids.max()), config.vocab_size)
 
 
-def check_seed(seed: int | None, noise: object) -> None:
-    """Raises InputError unless sampling is decided once, by a seed that every framework takes."""
+def check_seed(seed: object, noise: object, do_sample: bool = True) -> int | None:
+    """The seed as a number of Python; warns where nothing is sampled.
+
+    Raises:
+        InputError: not decided once, or by a seed that not every framework takes.
+    """
+    if not do_sample and not (seed is None and noise is None):
+        name = "noise" if seed is None else "seed"
+        warnings.warn(f"{name} has no effect without do_sample=True.", stacklevel=4)
     if seed is not None and noise is not None:
         raise InputError("Give seed or noise, not both: each of them decides the sampling.")
-    if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**32):
+    if seed is None:
+        return None
+    is_whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not is_whole or not 0 <= int(seed) < 2**32:  # type: ignore[call-overload]
         raise InputError(f"seed: expected a whole number from 0 to 2**32 - 1, found {seed!r}.")
+    return int(seed)  # type: ignore[call-overload,no-any-return]
 
 
 def check_noise(shape: Shape, expected: tuple[int, int, int]) -> None:
@@ -199,8 +221,26 @@ def _check_with_embeds(shape: Shape, given: GivenPrompts) -> None:
         )
 
 
-def _check_past(given: GivenPrompts, order: Any, xp: Any) -> None:
-    columns = order.shape[1]
+def _read(name: str, value: Any, xp: Any) -> Any:
+    """The value as an array."""
+    try:
+        return xp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name}: expected [batch, tokens], found rows that make no array ({error}). Pad them to "
+            "the same length: tokenizer(texts, padding=True)."
+        ) from error
+
+
+def _check_past(given: GivenPrompts, shape: Shape, order: Any, config: OPTConfig, xp: Any) -> None:
+    rows, columns = order.shape
+    heads = config.num_attention_heads
+    expected = (rows, heads, config.hidden_size // heads)
+    if (shape[0], shape[1], shape[3]) != expected:
+        raise InputError(
+            f"past_key_values: expected keys ({rows}, {heads}, columns, {expected[2]}), for as many "
+            f"rows as the prompts have, found {tuple(shape)}."
+        )
     if given.embeds_shape is not None:
         raise InputError("past_key_values and inputs_embeds cannot be given together.")
     if given.past_length >= columns:
@@ -220,6 +260,10 @@ def _guides(
     """Tokens and mask [B, any] of rows without the prompts: their last token, or negative prompts."""
     if given.embeds_shape is not None or given.past_length:
         raise InputError("guidance_scale needs input_ids alone: no embeddings, no past_key_values.")
+    if given.negative_ids is None and given.negative_mask is not None:
+        raise InputError(
+            "negative_prompt_attention_mask is a mask of negative_prompt_ids: give both."
+        )
     if given.negative_ids is None:
         is_last = xp.arange(tokens.shape[1]) == tokens.shape[1] - 1
         return tokens, xp.broadcast_to(is_last, tokens.shape).astype(np.int32)

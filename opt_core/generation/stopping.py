@@ -42,4 +42,9 @@ class StopStrings:
 
     def _ends(self, row: list[int]) -> bool:
         text, before = self.tokenizer.decode(row), self.tokenizer.decode(row[:-1])
-        return any(text.count(stop) > before.count(stop) for stop in self.strings)
+        return any(_count(stop, text) > _count(stop, before) for stop in self.strings)
+
+
+def _count(stop: str, text: str) -> int:
+    """How often a string occurs, overlaps included."""
+    return sum(text.startswith(stop, start) for start in range(len(text)))

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from opt_core.errors import ConfigError
 from opt_core.validation import (
     Check,
@@ -73,9 +75,29 @@ def _words(name: str, value: object) -> None:
         check(f"{name}[{index}]", word)
 
 
+def _float32(check: Check) -> Check:
+    """The check, for a number that scores of float32 are computed with."""
+
+    def checked(name: str, value: object) -> None:
+        check(name, value)
+        if isinstance(value, int | float) and abs(value) > _LARGEST:
+            raise ConfigError(f"{name}: expected a number of float32, found {value!r}.")
+
+    return checked
+
+
 def _sequence_bias(name: str, value: object) -> None:
     pairs = list(value.items()) if isinstance(value, Mapping) else value
-    _listed(_pair(_listed(_id), number))(name, pairs)
+    _listed(_pair(_listed(_id), _float32(number)))(name, pairs)
+
+
+def plain(value: Any) -> Any:
+    """The value with Python's numbers and lists for numpy's, however deep."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return type(value)(plain(member) for member in value)
+    return value
 
 
 def tuples(value: Any) -> Any:
@@ -94,6 +116,7 @@ def _one_or_more(value: Any) -> Any:
 _id = whole(0)
 _ids = _listed(_id)
 _factor = optional(probability)
+_LARGEST = float(np.finfo(np.float32).max)
 
 CHECKS: Mapping[str, Check] = {
     "max_length": whole(1),
@@ -114,16 +137,16 @@ CHECKS: Mapping[str, Check] = {
     "max_matching_ngram_size": optional(whole(1)),
     "dola_layers": optional(_dola_layers),
     "force_words_ids": optional(_words),
-    "temperature": non_negative,
+    "temperature": _float32(non_negative),
     "top_k": optional(whole(0)),
     "top_p": _factor,
     "min_p": _factor,
     "typical_p": _factor,
     "epsilon_cutoff": probability,
     "eta_cutoff": probability,
-    "diversity_penalty": non_negative,
-    "repetition_penalty": positive,
-    "encoder_repetition_penalty": positive,
+    "diversity_penalty": _float32(non_negative),
+    "repetition_penalty": _float32(positive),
+    "encoder_repetition_penalty": _float32(positive),
     "length_penalty": number,
     "no_repeat_ngram_size": whole(0),
     "bad_words_ids": optional(_listed(_ids)),
@@ -136,7 +159,7 @@ CHECKS: Mapping[str, Check] = {
     "suppress_tokens": optional(_ids),
     "begin_suppress_tokens": optional(_ids),
     "forced_decoder_ids": optional(_listed(_pair(_id, _id))),
-    "guidance_scale": optional(number),
+    "guidance_scale": optional(_float32(number)),
     "cache_implementation": optional(one_of(("static",), "kind of cache")),
     "num_return_sequences": whole(1),
     "output_attentions": flag,

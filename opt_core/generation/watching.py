@@ -68,10 +68,10 @@ class Watch:
         names = ("scores", "logits", "attentions", "hidden_states")
         return {name: tuple(getattr(self, name)) for name in names if getattr(self, name)}
 
-    def start(self, tokens: Any) -> None:
-        """Before the first step: the prompts [B, T]."""
+    def start(self, prompts: NDArray[Any] | None, count: int) -> None:
+        """Before the first step: the prompts [B, T]; None for `count` prompts of embeddings alone."""
         if self.streamer is not None:
-            self.streamer.put(self.to_numpy(tokens))
+            self.streamer.put(np.empty((count, 0), np.int32) if prompts is None else prompts)
 
     def ran(self, attentions: Any, hidden_states: Any, columns: int) -> None:
         """After a call of the model, which has filled `columns` of its cache.
@@ -143,7 +143,7 @@ class Watch:
             self.streamer.put(self.to_numpy(tokens[:, -1]))
         ends = np.zeros(tokens.shape[0], bool)
         for criterion in self.criteria:
-            ends = ends | np.asarray(_values(criterion(tokens, scores), self.to_numpy), bool)
+            ends = ends | _verdict(criterion, tokens, scores, self.to_numpy)
         return ends
 
     def end(self) -> None:
@@ -163,5 +163,23 @@ def _criteria(
     return (*own, *hooks.stopping_criteria)
 
 
-def _values(verdict: Any, to_numpy: Callable[[Any], NDArray[Any]]) -> Any:
-    return verdict if isinstance(verdict, bool | np.ndarray | np.bool_) else to_numpy(verdict)
+def _verdict(
+    criterion: StoppingCriterion,
+    tokens: Any,
+    scores: Any,
+    to_numpy: Callable[[Any], NDArray[Any]],
+) -> NDArray[np.bool_]:
+    """Which rows a criterion ends: [] or [R].
+
+    Raises:
+        InputError: it says neither one truth value nor one for each row.
+    """
+    found = criterion(tokens, scores)
+    is_plain = isinstance(found, bool | int | list | tuple | np.ndarray | np.generic | None)
+    values = np.asarray(found if is_plain else to_numpy(found))
+    if values.dtype.kind not in "biu" or values.shape not in ((), (tokens.shape[0],)):
+        raise InputError(
+            f"stopping_criteria: expected one truth value from {criterion!r}, or one for each of the "
+            f"{tokens.shape[0]} rows, found {found!r}."
+        )
+    return values.astype(bool)

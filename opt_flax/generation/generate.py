@@ -101,28 +101,28 @@ def generate(
         UnsupportedError: an option that OPT models cannot have.
     """
     hooks = Hooks.taken_from(options)
-    config = (generation_config or model.generation_config).replace(**options)
+    config = GenerationConfig.of_call(generation_config, model.generation_config, options)
     params = model.params if params is None else params
     past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
+    embeds = None if inputs_embeds is None else jnp.asarray(inputs_embeds)
     given = GivenPrompts(
         input_ids,
         attention_mask,
-        embeds_shape=None if inputs_embeds is None else jnp.shape(inputs_embeds),
-        past_length=0 if past is None else int(past.used),
+        embeds_shape=None if embeds is None else embeds.shape,
+        past_shape=None if not past else past[0][0].shape,
         negative_ids=negative_prompt_ids,
         negative_mask=negative_prompt_attention_mask,
     )
-    is_traced = any(isinstance(x, jax.core.Tracer) for x in (input_ids, attention_mask))
-    xp = jnp if is_traced else np
+    ids = (input_ids, attention_mask, negative_prompt_ids, negative_prompt_attention_mask)
+    is_traced = _is_traced((jnp.zeros(()), params, ids, embeds, past, noise, prng_key))
+    xp = jnp if _is_traced(ids) else np
     prompts = read_prompts(given, config, model.config, xp)
     plan = make_plan(config, model.config, prompts.lengths, hooks)
     positions = prompts.lengths.longest + plan.max_new_tokens - 1
-    hooks.check_assistant(model, positions, from_ids=inputs_embeds is None and past is None)
+    hooks.check_assistant(model, positions, from_ids=embeds is None and past is None)
     rows = len(prompts.known) * plan.strategy.rows
     key, noise = _randomness(plan, model, rows, seed, noise, prng_key, is_traced)
     watch = Watch(config, hooks, plan, np.asarray, partial(jnp.repeat, axis=0))
-    if prompts.given is not None:
-        watch.start(prompts.given)
     on_host = watch.is_needed or plan.needs_host
     if is_traced and on_host:
         raise UnsupportedError(
@@ -130,10 +130,11 @@ def generate(
             "streamer, no criteria or functions of the caller's, no return_dict_in_generate. Call it "
             "outside, where it compiles itself."
         )
+    watch.start(prompts.given, len(prompts.known))
     wide, padded = plan, prompts
     if not config.return_dict_in_generate:  # which shows the columns of caches and attentions
         wide, padded = bucketed(plan, prompts, xp)
-    inputs = _inputs(wide, padded, inputs_embeds, past, plan.max_new_tokens)
+    inputs = _inputs(wide, padded, embeds, past, plan.max_new_tokens)
     if on_host:
         decoded = run(model.module, wide, params, inputs, key, noise, watch, hooks.assistant_model)
     else:
@@ -190,6 +191,11 @@ def _inputs(
     return Inputs(prompts.tokens, prompts.mask, prompts.known, embeds, past, *limits)
 
 
+def _is_traced(values: Any) -> bool:
+    """Whether any of the values is known only when the program around runs."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values))
+
+
 def _output(
     plan: DecodePlan, prompts: Prompts, decoded: Decoded, config: GenerationConfig, watch: Watch
 ) -> GenerateOutput:
@@ -203,11 +209,14 @@ def _output(
         sequences = jnp.concatenate([given, sequences], axis=1)
     if not config.return_dict_in_generate:
         return GenerateOutput(sequences=sequences)
+    cache = decoded.cache
+    if plan.is_guided and cache is not None:  # whose second half guides
+        cache = cache.take(jnp.arange(len(cache.layers[0].key) // 2))
     return GenerateOutput(
         sequences=sequences,
         sequences_scores=decoded.sequences_scores,
         beam_indices=decoded.beam_indices,
-        past_key_values=decoded.cache,
+        past_key_values=cache,
         **watch.records,
     )
 
@@ -222,7 +231,7 @@ def _randomness(
     is_traced: bool,
 ) -> tuple[Array | None, Array | None]:
     """The sampling's key, or its Gumbel noise [steps, rows, V]; two Nones where nothing is sampled."""
-    check_seed(seed, noise)
+    seed = check_seed(seed, noise, plan.strategy.do_sample)
     if not plan.strategy.do_sample:
         return None, None
     if noise is not None:

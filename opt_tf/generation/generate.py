@@ -100,30 +100,30 @@ def generate(
             "not inside a tf.function."
         )
     hooks = Hooks.taken_from(options)
-    config = (generation_config or model.generation_config).replace(**options)
+    config = GenerationConfig.of_call(generation_config, model.generation_config, options)
     past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
+    embeds = None if inputs_embeds is None else tf.convert_to_tensor(inputs_embeds)
     given = GivenPrompts(
         _array(input_ids),
         _array(attention_mask),
-        embeds_shape=None if inputs_embeds is None else tuple(inputs_embeds.shape),
-        past_length=0 if past is None else int(past.used),
+        embeds_shape=None if embeds is None else tuple(embeds.shape),
+        past_shape=None if not past else tuple(past[0][0].shape),
         negative_ids=_array(negative_prompt_ids),
         negative_mask=_array(negative_prompt_attention_mask),
     )
     prompts = read_prompts(given, config, model.config)
     plan = make_plan(config, model.config, prompts.lengths, hooks)
     positions = prompts.lengths.longest + plan.max_new_tokens - 1
-    hooks.check_assistant(model, positions, from_ids=inputs_embeds is None and past is None)
+    hooks.check_assistant(model, positions, from_ids=embeds is None and past is None)
     rows = len(prompts.known) * plan.strategy.rows
     randomness = _randomness(plan, model, rows, seed, noise)
     watch = Watch(config, hooks, plan, np.asarray, partial(tf.repeat, axis=0))
-    if prompts.given is not None:
-        watch.start(prompts.given)
     on_host = watch.is_needed or plan.needs_host
+    watch.start(prompts.given, len(prompts.known))
     wide, padded = plan, prompts
     if not config.return_dict_in_generate:  # which shows the columns of caches and attentions
         wide, padded = bucketed(plan, prompts)
-    inputs = _inputs(wide, padded, inputs_embeds, past, plan.max_new_tokens)
+    inputs = _inputs(wide, padded, embeds, past, plan.max_new_tokens)
     if on_host:
         decoded = run(model, wide, inputs, *randomness, watch, hooks.assistant_model)
     else:
@@ -190,25 +190,28 @@ def _output(
         sequences = tf.concat([given, sequences], axis=1)
     if not config.return_dict_in_generate:
         return sequences
+    cache = decoded.cache
+    if plan.is_guided and cache is not None:  # whose second half guides
+        cache = cache.take(tf.range(cache.layers[0].key.shape[0] // 2))
     return GenerateOutput(
         sequences=sequences,
         sequences_scores=decoded.sequences_scores,
         beam_indices=decoded.beam_indices,
-        past_key_values=decoded.cache,
+        past_key_values=cache,
         **watch.records,
     )
 
 
 def _array(value: Any) -> np.ndarray | None:
     """Token ids or a mask as numpy has them."""
-    return None if value is None else np.asarray(value)
+    return value.numpy() if isinstance(value, Tensor) else value
 
 
 def _randomness(
     plan: DecodePlan, model: Any, rows: int, seed: int | None, noise: Any
 ) -> tuple[Tensor | None, Tensor | None]:
     """The seed [2] or the noise [steps, rows, V] of sampling; two Nones where nothing is sampled."""
-    check_seed(seed, noise)
+    seed = check_seed(seed, noise, plan.strategy.do_sample)
     if not plan.strategy.do_sample:
         return None, None
     if noise is not None:

@@ -178,11 +178,14 @@ def _output(
         sequences = torch.cat([given.repeat_interleave(plan.num_return_sequences, 0), sequences], 1)
     if not config.return_dict_in_generate:
         return sequences
+    cache = decoded.cache
+    if plan.is_guided and cache is not None:  # whose second half guides
+        cache = cache.take(torch.arange(len(cache.layers[0].key) // 2, device=sequences.device))
     return GenerateOutput(
         sequences=sequences,
         sequences_scores=decoded.sequences_scores,
         beam_indices=decoded.beam_indices,
-        past_key_values=decoded.cache,
+        past_key_values=cache,
         **watch.records,
     )
 

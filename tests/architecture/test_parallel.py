@@ -47,6 +47,7 @@ NAMES: dict[tuple[str, str, str], str] = {
     ("*", "generation/generate.py", "_randomness"): "a graph takes its randomness as an argument",
     ("*", "generation/assisted.py", "_filled"): "few numbers of proposals are compiled",
     ("flax", "generation/generate.py", "_array"): "numpy reads arrays of JAX as they are",
+    ("flax", "generation/generate.py", "_is_traced"): GRAPH,
     ("tf", "heads.py", "*.compute_logits"): "a tied head has no layer of its own",
     (
         "tf",

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from opt_core import ConfigError, GenerationConfig, InputError, OPTConfig
@@ -220,3 +221,26 @@ def test_files_of_later_versions_and_empty_lists_load() -> None:
     found = GenerationConfig.from_dict(values)
     assert found == GenerationConfig(num_beams=3, extra=found.extra)
     assert found.to_dict() == values
+
+
+def test_numbers_of_numpy_are_those_of_python() -> None:
+    given = GenerationConfig(
+        max_new_tokens=np.int64(3),
+        do_sample=np.bool_(True),
+        eos_token_id=np.array([2, 3]),
+        bad_words_ids=[np.array([5, 6])],
+    )
+    plain = GenerationConfig(
+        max_new_tokens=3, do_sample=True, eos_token_id=(2, 3), bad_words_ids=((5, 6),)
+    )
+    assert given == plain and hash(given) == hash(plain)
+    assert json.dumps(given.to_dict()) == json.dumps(plain.to_dict())
+
+
+def test_ends_are_counted_once() -> None:
+    assert GenerationConfig(eos_token_id=(2, 3, 2)).eos_token_ids == (2, 3)
+
+
+def test_an_argument_of_the_call_is_no_option() -> None:
+    with pytest.raises(InputError, match="streamer is an argument of generate"):
+        GenerationConfig().replace(streamer=None)

@@ -41,7 +41,6 @@ def test_a_mask_is_told_by_pads_that_are_no_ends() -> None:
 @pytest.mark.parametrize(
     ("ids", "mask", "message"),
     [
-        (IDS, np.ones((2, 3), int), r"expected the shape of input_ids, \(2, 2\), found \(2, 3\)"),
         (IDS, np.array([[1, 1], [0, 2]]), "1 at real tokens and 0 at pads"),
         (IDS, np.array([[1, 1], [0, 0]]), "Row 1 .* all padding"),
         (IDS + 23, np.ones((2, 2), int), "token id 31, .* ids 0 to 29"),
@@ -52,6 +51,11 @@ def test_prompts_that_do_not_fit(ids: Any, mask: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_prompts(ids, mask, MODEL)
     check_prompts(IDS, np.array([[1, 1], [0, 1]]), MODEL)
+
+
+def test_a_mask_of_another_shape() -> None:
+    with pytest.raises(InputError, match=r"the shape of input_ids, \(2, 2\), found \(2, 3\)"):
+        read(IDS, np.ones((2, 3), int))
 
 
 def test_rows_stand_to_the_right_of_their_padding_in_their_order() -> None:
@@ -89,13 +93,16 @@ def test_embeddings_alone_have_no_known_tokens() -> None:
 
 
 def test_a_cache_must_leave_something_to_run() -> None:
-    assert read([[5, 6, 7]], past_length=2).lengths.past == 2
+    assert read([[5, 6, 7]], past_shape=(1, 2, 2, 4)).lengths.past == 2
     with pytest.raises(InputError, match="holds 3 tokens, and input_ids only 3"):
-        read([[5, 6, 7]], past_length=3)
+        read([[5, 6, 7]], past_shape=(1, 2, 3, 4))
     with pytest.raises(InputError, match="must be padded on the left"):
-        read([[5, 6, 1]], past_length=1)
+        read([[5, 6, 1]], past_shape=(1, 2, 1, 4))
     with pytest.raises(InputError, match="cannot be given together"):
-        read([[5, 6]], past_length=1, embeds_shape=(1, 2, 8))
+        read([[5, 6]], past_shape=(1, 2, 1, 4), embeds_shape=(1, 2, 8))
+    for shape in [(2, 2, 1, 4), (1, 4, 1, 4), (1, 2, 1, 8)]:
+        with pytest.raises(InputError, match=r"expected keys \(1, 2, columns, 4\), for as many"):
+            read([[5, 6]], past_shape=shape)
 
 
 def test_guides_are_a_second_half() -> None:
@@ -115,9 +122,8 @@ def test_guides_are_a_second_half() -> None:
     ("given", "message"),
     [
         ({"negative_ids": np.array([[3]])}, "needs a guidance_scale"),
-        ({"negative_ids": np.array([[3, 4, 5]]), "scale": 2.0}, "1 rows of at most 2 tokens"),
-        ({"negative_ids": np.array([[3], [4]]), "scale": 2.0}, "1 rows of at most 2 tokens"),
-        ({"past_length": 1, "scale": 2.0}, "guidance_scale needs input_ids alone"),
+        ({"negative_ids": np.array([[3], [4]]), "scale": 2.0}, "expected 1 rows, .* found 2"),
+        ({"past_shape": (1, 2, 1, 4), "scale": 2.0}, "guidance_scale needs input_ids alone"),
         ({"embeds_shape": (1, 2, 8), "scale": 2.0}, "guidance_scale needs input_ids alone"),
     ],
 )
@@ -138,9 +144,13 @@ def test_buckets_stand_before_the_prompts() -> None:
 
 
 def test_sampling_is_decided_once() -> None:
-    for seed in (-1, 2**32, 1.5):
+    assert check_seed(None, None) is None
+    assert type(check_seed(np.uint32(2**32 - 1), None)) is int
+    for seed in (-1, 2**32, 1.5, True):
         with pytest.raises(InputError, match="seed: expected a whole number"):
-            check_seed(seed, None)  # type: ignore[arg-type]
+            check_seed(seed, None)
+    with pytest.warns(UserWarning, match="noise has no effect without do_sample=True"):
+        check_seed(None, np.zeros(3), do_sample=False)
     with pytest.raises(InputError, match="seed or noise, not both"):
         check_seed(3, np.zeros(3))
     check_noise((7, 2, 30), (5, 2, 30))  # more steps than needed
