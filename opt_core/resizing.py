@@ -28,8 +28,12 @@ def resized_vocab_size(
     size = config.vocab_size if new_num_tokens is None else new_num_tokens
     if pad_to_multiple_of is not None:
         size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        token = getattr(config, name)
+    special = {
+        "pad_token_id": config.pad_token_id,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": max(config.eos_token_ids, default=None),
+    }
+    for name, token in special.items():
         if token is not None and token >= size:
             raise InputError(
                 f"{size} tokens are too few: {name} is {token}. Change the configuration first."

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from opt_core import GenerationConfig, OPTConfig
+from opt_core import GenerationConfig, InputError, OPTConfig
 from opt_core.generation.transitions import transition_scores
-from opt_core.params import has_untied_head
+from opt_core.params import EMBEDDING_NAME, TIED_HEAD_NAME, has_untied_head
 from opt_flax.attention import DEFAULT_KERNEL
 from opt_flax.generation.generate import generate
 from opt_flax.losses import causal_lm_loss
@@ -21,6 +21,7 @@ from opt_flax.model import OPTModule
 from opt_flax.outputs import CausalLMOutput, GenerateOutput
 from opt_flax.parts import linear
 from opt_flax.pretrained import FlaxOPTPreTrainedModel
+from opt_flax.weights import find_rows
 
 
 class OPTForCausalLMModule(nn.Module):
@@ -99,6 +100,19 @@ class FlaxOPTForCausalLM(FlaxOPTPreTrainedModel):
 
     architecture = "OPTForCausalLM"
     module_class = OPTForCausalLMModule
+
+    def get_output_embeddings(self) -> Array:
+        """[V, E] of `params`: the word embeddings again, where they are tied."""
+        name = TIED_HEAD_NAME if has_untied_head(self.config) else EMBEDDING_NAME
+        return find_rows(self.params, self.config, self.architecture, name)
+
+    def set_output_embeddings(self, value: Any) -> None:
+        if self.config.tie_word_embeddings:
+            raise InputError(
+                "The head is tied to the word embeddings: set config.tie_word_embeddings to False "
+                "first, or use set_input_embeddings."
+            )
+        self._set_rows(TIED_HEAD_NAME, value)
 
     def __call__(
         self,

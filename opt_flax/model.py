@@ -22,7 +22,7 @@ from opt_flax.cache import KVCache, LayerCache
 from opt_flax.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
 from opt_flax.masks import attention_bias, packed_texts, positions_from_mask
 from opt_flax.outputs import BaseModelOutput
-from opt_flax.parts import Embed, is_readable, linear, still_pads, recomputed
+from opt_flax.parts import Embed, is_readable, linear, recomputed, still_pads
 from opt_flax.pretrained import FlaxOPTPreTrainedModel
 from opt_flax.weights import initializer
 
@@ -111,8 +111,9 @@ class OPTDecoder(nn.Module):
             total = past.capacity
         if attention_mask is not None:
             attention_mask = jnp.pad(attention_mask, ((0, 0), (0, total - attention_mask.shape[1])))
-        packs = position_ids is not None and past is None
-        texts = packed_texts(position_ids) if packs else None
+        texts = None
+        if position_ids is not None and past is None:
+            texts = packed_texts(position_ids)
         if position_ids is None:
             position_ids = self._positions(attention_mask, length, past_length)
         hidden_states = self._embed(inputs_embeds, position_ids)

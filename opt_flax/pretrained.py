@@ -16,12 +16,26 @@ from jax import Array
 
 from opt_core import GenerationConfig, InputError, OPTConfig
 from opt_core.dtypes import MODEL_DTYPES, dtype_name
-from opt_core.params import num_parameters, param_table
+from opt_core.params import EMBEDDING_NAME, TIED_HEAD_NAME, num_parameters, param_table
 from opt_core.pretrained import open_pretrained, save_pretrained
+from opt_core.resizing import resized_vocab_size
 from opt_flax.attention import DEFAULT_KERNEL, KERNELS
 from opt_flax.cache import KVCache
 from opt_flax.decoding_weights import check_layout, plain, prepare
-from opt_flax.weights import Params, assign, canonical_arrays, check_params, initialize
+from opt_flax.weights import (
+    Params,
+    assign,
+    canonical_arrays,
+    check_params,
+    check_rows,
+    find_rows,
+    initialize,
+    resized,
+    with_rows,
+)
+
+#: The module of a head of its own.
+HEAD = TIED_HEAD_NAME.partition(".")[0]
 
 
 class FlaxOPTPreTrainedModel:
@@ -109,6 +123,89 @@ class FlaxOPTPreTrainedModel:
     @params.setter
     def params(self, params: Mapping[str, Any]) -> None:
         self._params = check_params(plain(params), self.config, self.architecture)
+
+    def tie_weights(self) -> None:
+        """Makes the head the embedding again, where the configuration ties the two."""
+        if self.config.tie_word_embeddings:
+            self._params = {key: x for key, x in self.params.items() if key != HEAD}
+
+    def get_input_embeddings(self) -> Array:
+        """[V, E] of `params`."""
+        return find_rows(self.params, self.config, self.architecture, EMBEDDING_NAME)
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Gives the model other word embeddings [V, E]; a tied head follows them.
+
+        Raises:
+            InputError: another shape.
+        """
+        self._set_rows(EMBEDDING_NAME, value)
+
+    def get_output_embeddings(self) -> Array | None:
+        return None
+
+    def set_output_embeddings(self, value: Any) -> None:
+        """Gives the model another language modelling head [V, E].
+
+        Raises:
+            InputError: the model has none, or it is tied to the word embeddings; another shape.
+        """
+        raise InputError(f"{type(self).__name__} has no language modelling head.")
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> Array | Mapping[str, Any]:
+        """Gives the word embeddings, and the head of a language model, another number of rows.
+
+        The first rows stay, new ones are drawn as in a fresh model. `params` becomes another tree;
+        `config` and `module` become others too, with that `vocab_size`. States of an optimizer have
+        to be made anew.
+
+        Args:
+            new_num_tokens: the number of rows; None keeps it, or rounds it up.
+            pad_to_multiple_of: rounds the number up to a multiple.
+            params: the tree to resize, for a model that holds none (`_do_init=False`).
+            seed: of the new rows.
+
+        Returns:
+            The word embeddings [V, E]; the whole tree instead, if `params` was given.
+
+        Raises:
+            InputError: a number that is none, or too small for the special tokens; `params` for a
+                model with its own, or none for one without.
+        """
+        if params is not None and self._params is not None:
+            raise InputError(
+                "This model holds parameters, which params= would leave behind: set model.params to "
+                "those that you want resized, and leave params= out."
+            )
+        size = resized_vocab_size(self.config, new_num_tokens, pad_to_multiple_of)
+        tree = self._given(params)
+        if size != self.config.vocab_size:
+            config, arch = self.config, self.architecture
+            for index, param in enumerate(param_table(config, arch)):
+                if "vocab" in param.spec.axes:
+                    key = jax.random.fold_in(jax.random.key(seed), index)
+                    rows = find_rows(tree, config, arch, param.name)
+                    rows = resized(rows, size, config.init_std, key)
+                    tree = with_rows(tree, config, arch, param.name, rows)
+            self.config = self.config.replace(vocab_size=size)
+            self.module = self.module.clone(config=self.config)
+        if params is not None:
+            return tree
+        self._params = dict(tree)
+        return self.get_input_embeddings()
+
+    def _set_rows(self, name: str, value: Any) -> None:
+        table = self.get_input_embeddings()
+        rows = jnp.asarray(value, table.dtype)
+        check_rows(name, rows, table.shape)
+        self._params = with_rows(self.params, self.config, self.architecture, name, rows)
 
     @property
     def is_gradient_checkpointing(self) -> bool:

@@ -208,8 +208,8 @@ class OPTForQuestionAnsweringModule(nn.Module):
         )
         hidden_states = outputs.last_hidden_state  # [B, T, E]
         start, end = start_positions, end_positions
-        shapes = (None if x is None else x.shape for x in (start, end))
-        check_span(*shapes, len(hidden_states))
+        shapes = [None if x is None else x.shape for x in (start, end)]
+        check_span(shapes[0], shapes[1], len(hidden_states))
         scores = self.qa_outputs(hidden_states)  # [B, T, 2]
         start_logits, end_logits = scores[..., 0], scores[..., 1]
         loss = None

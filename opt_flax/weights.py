@@ -20,6 +20,7 @@ from jax import Array
 from opt_core import InputError, OPTConfig
 from opt_core.loading import Source
 from opt_core.params import EMBEDDING_NAME, Kind, Param, param_table
+from opt_flax.decoding_weights import DECODING_LEAF
 
 Params = dict[str, Any]
 
@@ -74,6 +75,13 @@ def assign(config: OPTConfig, arch: str, sources: Mapping[str, Source], dtype: A
     return unflatten_dict(values)
 
 
+def resized(weight: Array, size: int, std: float, key: Array) -> Array:
+    """[V, E] -> [size, E]: the first rows, then as many as are missing, drawn anew."""
+    shape = (max(size - len(weight), 0), weight.shape[1])
+    rows = INITIAL_VALUES[Kind.EMBEDDING](key, shape, weight.dtype, std)
+    return jnp.concatenate([weight[:size], rows])
+
+
 def to_array(source: Source, dtype: Any) -> Array:
     """The parameter in `dtype`; JAX takes over the memory of an aligned array instead of copying."""
     return jax.device_put(source.read("flax").astype(dtype, copy=False))
@@ -105,6 +113,44 @@ def canonical_arrays(
     for param in param_table(config, arch):
         array = values[param.path("flax", arch)]
         yield param, np.dtype(array.dtype), partial(to_canonical, param, array)
+
+
+def find_rows(params: Mapping[str, Any], config: OPTConfig, arch: str, name: str) -> Array:
+    """The word embeddings [V, E], or the head [V, E] in a tree of either layout.
+
+    Raises:
+        InputError: the tree has none, or of another shape.
+    """
+    param = next(p for p in param_table(config, arch) if p.name == name)
+    path, values = param.path("flax", arch), flatten_dict(unfreeze(dict(params)))
+    found = values.get((*path[:-1], DECODING_LEAF), values.get(path))
+    if path in values and param.transposed("flax"):
+        found = found.T
+    check_rows("/".join(path[:-1]), found, param.shape)
+    return found
+
+
+def with_rows(
+    params: Mapping[str, Any], config: OPTConfig, arch: str, name: str, rows: Array
+) -> Params:
+    """A tree with other word embeddings [any, E], or another head [any, E], and the same layout."""
+    param = next(p for p in param_table(config, arch) if p.name == name)
+    path, values = param.path("flax", arch), flatten_dict(unfreeze(dict(params)))
+    if (*path[:-1], DECODING_LEAF) in values:
+        values[(*path[:-1], DECODING_LEAF)] = rows
+    else:
+        values[path] = rows.T if param.transposed("flax") else rows
+    return unflatten_dict(values)
+
+
+def check_rows(what: str, rows: Any, shape: tuple[int, ...]) -> None:
+    """Raises InputError unless there are rows, and as many and as long as the configuration says."""
+    found = "none" if rows is None else jnp.shape(rows)
+    if found != shape:
+        raise InputError(
+            f"{what}: expected {shape} (vocab_size, word_embed_proj_dim), found {found}. "
+            "resize_token_embeddings changes the number of rows."
+        )
 
 
 def to_canonical(param: Param, array: Array) -> np.ndarray:

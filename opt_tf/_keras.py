@@ -7,6 +7,9 @@ import importlib.util
 import os
 import sys
 from types import ModuleType
+from typing import Any
+
+from opt_core import UnsupportedError
 
 _BACKEND = "KERAS_BACKEND"
 
@@ -48,6 +51,31 @@ def import_keras() -> ModuleType:
             "import opt_tf before keras."
         )
     return keras
+
+
+def replace_layer(owner: Any, name: str, layer: Any) -> None:
+    """Puts a layer, or None, in the place `name` of a built layer, where its variables count as before.
+
+    Keras locks a built layer and has no public way to change it.
+
+    Raises:
+        UnsupportedError: a version of Keras that keeps its layers in another way.
+    """
+    old = getattr(owner, name)
+    try:
+        tracker = owner._tracker
+        tracker.unlock()
+        if old is not None and layer is not None:
+            tracker.replace_tracked_value("layers", old, layer)
+        elif old is not None:
+            tracker.untrack(old)
+        setattr(owner, name, layer)
+        tracker.lock()
+    except AttributeError as error:
+        raise UnsupportedError(
+            f"Keras {import_keras().version()} lets no layer of a built model be replaced ({error}). "
+            "Make a model of the configuration wanted, and copy the weights with set_weights."
+        ) from error
 
 
 import_keras()

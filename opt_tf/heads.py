@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core import GenerationConfig, OPTConfig
+from opt_core import GenerationConfig, InputError, OPTConfig
 from opt_core.generation.transitions import transition_scores
 from opt_tf.generation.generate import generate
 from opt_tf.losses import causal_lm_loss
@@ -35,7 +35,6 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
             name="model",
             dtype=self.dtype_policy,
         )
-        self.programs: dict[Any, Any] = {}  # functions of `generate`
         # A tied head is the word embedding again: no parameter of its own.
         self.lm_head: keras.layers.Dense | None = None
         if not config.tie_word_embeddings:
@@ -49,6 +48,14 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
 
     def get_output_embeddings(self) -> keras.layers.Layer:
         return self.get_input_embeddings() if self.lm_head is None else self.lm_head
+
+    def set_output_embeddings(self, value: keras.layers.Dense) -> None:
+        if self.config.tie_word_embeddings:
+            raise InputError(
+                "The head is tied to the word embeddings: set config.tie_word_embeddings to False "
+                "first, or use set_input_embeddings."
+            )
+        self._replace(self, "lm_head", value)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """[..., E] -> [..., V]"""

@@ -85,7 +85,7 @@ class OPTDecoder(keras.layers.Layer):
         """Arguments and result as `TFOPTModel.call`."""
         config = self.config
         recomputes = self.gradient_checkpointing and bool(training)
-        use_cache = self._use_cache(use_cache, recomputes)
+        use_cache = self._use_cache(use_cache, config.use_cache, recomputes)
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_hidden_states is None:
@@ -102,8 +102,9 @@ class OPTDecoder(keras.layers.Layer):
         length = keras.ops.shape(inputs_embeds)[1]
         if attention_mask is not None:
             attention_mask = self._fit(attention_mask, past, length)
-        packs = position_ids is not None and past is None
-        texts = packed_texts(position_ids) if packs else None
+        texts = None
+        if position_ids is not None and past is None:
+            texts = packed_texts(position_ids)
         if position_ids is None:
             position_ids = self._positions(attention_mask, length, past_length)
         hidden_states = self._embed(inputs_embeds, position_ids)
@@ -178,14 +179,14 @@ class OPTDecoder(keras.layers.Layer):
             all_attentions,
         )
 
-    def _use_cache(self, use_cache: bool | None, recomputes: bool) -> bool:
+    def _use_cache(self, use_cache: bool | None, default: bool, recomputes: bool) -> bool:
         if recomputes and use_cache:
             _warn_once(
                 "use_cache",
                 "Gradient checkpointing keeps no keys and values in training: use_cache=True has no "
                 "effect there (said once).",
             )
-        return not recomputes and (self.config.use_cache if use_cache is None else use_cache)
+        return not recomputes and (default if use_cache is None else use_cache)
 
     def _next_seed(self) -> Tensor:
         return tf.cast(self.seed_generator.next(), tf.int64)  # [2]
@@ -328,3 +329,6 @@ class TFOPTModel(TFOPTPreTrainedModel):
             training=training,
             position_ids=position_ids,
         )
+
+    def predictions_of(self, output: BaseModelOutput) -> Tensor:
+        return output.last_hidden_state

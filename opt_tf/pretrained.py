@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import keras
@@ -15,11 +16,13 @@ from opt_core import GenerationConfig, InputError, OPTConfig, UnsupportedError
 from opt_core.inputs import IGNORED_LABEL
 from opt_core.params import num_parameters, param_table
 from opt_core.pretrained import open_pretrained, save_pretrained
+from opt_core.resizing import resized_vocab_size
+from opt_tf._keras import replace_layer
 from opt_tf.attention import DEFAULT_KERNEL, KERNELS
 from opt_tf.cache import KVCache
 from opt_tf.decoding_weights import prepare
 from opt_tf.inputs import check_inputs, named_inputs
-from opt_tf.weights import assign, canonical_arrays, initialize
+from opt_tf.weights import assign, canonical_arrays, initialize, resized
 
 
 class TFOPTPreTrainedModel(keras.Model):
@@ -56,6 +59,7 @@ class TFOPTPreTrainedModel(keras.Model):
         self.config = config
         self.attn_implementation = attn_implementation or DEFAULT_KERNEL
         self.generation_config = GenerationConfig.from_model_config(config)
+        self.programs: dict[Any, Any] = {}  # functions of `generate`
 
     def post_init(self) -> None:
         """Makes the variables, and draws initial values of what this class adds to its base model."""
@@ -73,12 +77,98 @@ class TFOPTPreTrainedModel(keras.Model):
         check_inputs(self.config, inputs)
         return super().__call__(**inputs)
 
+    def tie_weights(self) -> None:
+        """Makes the head the embedding again, where the configuration ties the two."""
+        head = self.get_output_embeddings()
+        is_own = head is not None and head is not self.get_input_embeddings()
+        if is_own and self.config.tie_word_embeddings:
+            self._replace(self, "lm_head", None)
+
     def get_input_embeddings(self) -> keras.layers.Embedding:
-        base = self if self.architecture == "OPTModel" else self.model
-        return base.decoder.embed_tokens
+        return self._decoder.embed_tokens
+
+    def set_input_embeddings(self, value: keras.layers.Embedding) -> None:
+        """Gives the model other word embeddings; a tied head follows them.
+
+        What was compiled is forgotten, as by `resize_token_embeddings`.
+        """
+        self._replace(self._decoder, "embed_tokens", value)
 
     def get_output_embeddings(self) -> keras.layers.Layer | None:
         return None
+
+    def set_output_embeddings(self, value: keras.layers.Dense) -> None:
+        """Gives the model another language modelling head.
+
+        What was compiled is forgotten, as by `resize_token_embeddings`.
+
+        Raises:
+            InputError: the model has none, or it is tied to the word embeddings.
+        """
+        raise InputError(f"{type(self).__name__} has no language modelling head.")
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> keras.layers.Embedding:
+        """Gives the word embeddings, and the head of a language model, another number of rows.
+
+        The first rows stay, new ones are drawn as in a fresh model; `config.vocab_size` follows. They
+        are new layers with new variables: `compile` the model again before `fit`, and make each
+        `tf.function` of your own anew.
+
+        Args:
+            new_num_tokens: the number of rows; None keeps it, or rounds it up.
+            pad_to_multiple_of: rounds the number up to a multiple.
+
+        Returns:
+            The word embeddings.
+
+        Raises:
+            InputError: a number that is none, or too small for the special tokens.
+            UnsupportedError: quantized embeddings, or such with LoRA.
+        """
+        size = resized_vocab_size(self.config, new_num_tokens, pad_to_multiple_of)
+        table, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if size != self.config.vocab_size:
+            std, is_own = self.config.init_std, head is not None and head is not table
+            with self.distribute_strategy.scope():  # variables belong to that of the model
+                new_table = resized(table, size, std)
+                new_head = resized(head, size, std) if is_own else None
+            self._replace(self._decoder, "embed_tokens", new_table)
+            if is_own:
+                self._replace(self, "lm_head", new_head)
+            self.config.vocab_size = size
+        return self.get_input_embeddings()
+
+    def _replace(self, owner: keras.layers.Layer, name: str, layer: Any) -> None:
+        """Puts another layer, or none, in a place; what was compiled still has the one before."""
+        replace_layer(owner, name, layer)
+        self.programs.clear()
+        self.predict_function = None
+        if self.compiled:
+            self.compiled, self.optimizer = False, None
+
+    @property
+    def _decoder(self) -> Any:
+        base: Any = self if self.architecture == "OPTModel" else self.model
+        return base.decoder
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self._decoder.gradient_checkpointing
+
+    def gradient_checkpointing_enable(self) -> None:
+        """In training, computes each layer again for its gradients instead of keeping what it needs.
+
+        Losses and gradients stay the same, memory falls to one layer's, and no cache is returned.
+        """
+        self._decoder.gradient_checkpointing = True
+        self.train_function = None  # compiled again by the next `fit`
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps what the layers' gradients need again, which is the default."""
+        self._decoder.gradient_checkpointing = False
+        self.train_function = None
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
@@ -215,6 +305,14 @@ class TFOPTPreTrainedModel(keras.Model):
         loss = y_pred.loss if y is None else self.loss_of(y_pred, y)
         # Each replica sees its share of the batch, and their gradients are added up.
         return loss / tf.distribute.get_strategy().num_replicas_in_sync
+
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
+    ) -> dict[str, Any]:
+        """The metrics given to `compile`, of the logits and the target, or the labels given as inputs."""
+        if y is None and isinstance(x, Mapping):
+            y = x.get("labels")
+        return super().compute_metrics(x, y, self.predictions_of(y_pred), sample_weight)
 
     def get_config(self) -> dict[str, Any]:
         """What a `.keras` file records of the model's making."""

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core import OPTConfig
+from opt_core import InputError, OPTConfig
 from opt_core.tasks import check_poolable, check_span, problem_type
 from opt_tf.losses import classification_loss, span_loss
 from opt_tf.model import TFOPTModel
@@ -172,8 +173,8 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
         )
         hidden_states = outputs.last_hidden_state  # [B, T, E]
         start, end = start_positions, end_positions
-        shapes = (None if x is None else tuple(x.shape) for x in (start, end))
-        check_span(*shapes, hidden_states.shape[0])
+        shapes = [None if x is None else tuple(x.shape) for x in (start, end)]
+        check_span(shapes[0], shapes[1], hidden_states.shape[0])
         start_logits, end_logits = tf.unstack(self.qa_outputs(hidden_states), axis=-1)  # [B, T]
         loss = None
         if start is not None and end is not None:
@@ -191,8 +192,19 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
     def predictions_of(self, output: QuestionAnsweringOutput) -> tuple[Tensor, Tensor]:
         return output.start_logits, output.end_logits
 
-    def loss_of(self, output: QuestionAnsweringOutput, target: tuple[Tensor, Tensor]) -> Tensor:
-        return span_loss(output.start_logits, output.end_logits, *target)
+    def loss_of(self, output: QuestionAnsweringOutput, target: Any) -> Tensor:
+        """Of a target that is a pair (start, end), or a dict of the two by the inputs' names."""
+        if isinstance(target, Mapping):
+            names = ("start_positions", "end_positions")
+            target = tuple(target[name] for name in names if name in target)
+        if not isinstance(target, list | tuple) or len(target) != 2:
+            raise InputError(
+                "The target of a question is a pair (start_positions, end_positions) or a dict of "
+                f"the two; found {type(target).__name__}."
+            )
+        start, end = target
+        check_span(tuple(start.shape), tuple(end.shape), output.start_logits.shape[0])
+        return span_loss(output.start_logits, output.end_logits, start, end)
 
 
 def real_tokens(

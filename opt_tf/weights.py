@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from opt_core import OPTConfig, UnsupportedError
+from opt_core import InputError, OPTConfig, UnsupportedError
 from opt_core.dtypes import MODEL_DTYPES
 from opt_core.loading import Source
 from opt_core.params import EMBEDDING_NAME, Kind, Param, param_table
+from opt_tf.parts import FirstValue
 
 INITIAL_VALUES: Mapping[Kind, Callable[[tuple[int, ...], float], tf.Tensor]] = {
     Kind.LINEAR: lambda shape, std: keras.random.normal(shape, 0.0, std, "float32"),
@@ -65,6 +67,34 @@ def assign(model: keras.Model, config: OPTConfig, arch: str, sources: Mapping[st
             getattr(layer, f"{leaf}_initializer").give = partial(read, sources[param.name])
 
 
+def resized(layer: keras.layers.Layer, size: int, std: float) -> keras.layers.Layer:
+    """A layer like this one, with weights [size, E]: the first rows, then as many as are missing.
+
+    Raises:
+        UnsupportedError: its weights are not what it computes with alone: int8, LoRA.
+    """
+    if layer.quantization_mode is not None or layer.lora_enabled:
+        raise UnsupportedError(
+            f"{layer.path} has {layer.quantization_mode or 'LoRA'} weights, which cannot be resized. "
+            "Resize the embeddings before."
+        )
+    is_table = isinstance(layer, keras.layers.Embedding)
+    count, leaf = ("input_dim", "embeddings") if is_table else ("units", "kernel")
+    config = {**layer.get_config(), count: size, f"{leaf}_initializer": FirstValue()}
+    new = type(layer).from_config(config)
+    old = tf.convert_to_tensor(getattr(layer, leaf))
+    old = old if is_table else tf.transpose(old)  # [V, E]
+    missing = max(size - old.shape[0], 0)
+    drawn = INITIAL_VALUES[Kind.EMBEDDING]((missing, old.shape[1]), std)
+    rows = tf.concat([old[:size], tf.cast(drawn, old.dtype)], axis=0)
+    with ExitStack() as place:
+        for part in layer.path.split("/")[:-1]:
+            place.enter_context(keras.name_scope(part))
+        new.build((None, old.shape[1]))
+    getattr(new, leaf).assign(rows if is_table else tf.transpose(rows))
+    return new
+
+
 def to_numpy(variable: keras.Variable | tf.Tensor, transposed: bool) -> np.ndarray:
     """The values in canonical layout."""
     array = tf.convert_to_tensor(variable).numpy()
@@ -77,10 +107,17 @@ def canonical_arrays(
     """Each row of the table, its dtype in the model, and a function that reads its values.
 
     Raises:
+        InputError: the configuration asks for a head of its own, which was not set.
         UnsupportedError: quantized layers, whose integers are not the parameters.
     """
     for param in param_table(config, arch):
         layer, leaf = find_parameter(model, param, arch)
+        if layer is None:
+            raise InputError(
+                f"{param.name} does not exist: the head is the word embedding, but "
+                "config.tie_word_embeddings is False. Set it to True, or give the model a head by "
+                "set_output_embeddings."
+            )
         if layer.quantization_mode is not None:
             raise UnsupportedError(
                 f"{param.name} is quantized ({layer.quantization_mode}), which no OPT checkpoint can "

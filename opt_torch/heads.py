@@ -28,7 +28,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
         super().__init__(config, attn_implementation)
         self.model = OPTModel(config, attn_implementation=self.attn_implementation)
         # A tied head is the word embedding again: no parameter of its own.
-        self.lm_head = Linear(config.word_embed_proj_dim, config.vocab_size, bias=False)
+        self.lm_head: nn.Linear = Linear(config.word_embed_proj_dim, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:

@@ -81,8 +81,9 @@ class OPTDecoder(nn.Module):
         total = past_length + length if isinstance(past_length, int) else past.capacity
         if attention_mask is not None:  # of a fixed cache: longer
             attention_mask = F.pad(attention_mask, (0, total - attention_mask.shape[1]))
-        packs = position_ids is not None and past is None
-        texts = packed_texts(position_ids) if packs else None
+        texts = None
+        if position_ids is not None and past is None:
+            texts = packed_texts(position_ids)
         if position_ids is None:
             position_ids = self._positions(attention_mask, length, past_length)
         hidden_states = self._embed(inputs_embeds, position_ids)

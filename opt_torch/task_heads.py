@@ -146,8 +146,8 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
         )
         hidden_states = outputs.last_hidden_state  # [B, T, E]
         start, end = start_positions, end_positions
-        shapes = (None if x is None else x.shape for x in (start, end))
-        check_span(*shapes, len(hidden_states))
+        shapes = [None if x is None else x.shape for x in (start, end)]
+        check_span(shapes[0], shapes[1], len(hidden_states))
         start_logits, end_logits = self.qa_outputs(hidden_states).unbind(-1)  # [B, T] each
         loss = None
         if start is not None and end is not None:

@@ -70,7 +70,7 @@ def assign(
 
 
 @torch.no_grad()
-def resized(weight: nn.Parameter, size: int, std: float) -> nn.Parameter:
+def resized(weight: Tensor, size: int, std: float) -> nn.Parameter:
     """[V, E] -> [size, E]: the first rows, then as many as are missing, drawn anew."""
     rows = weight.new_empty(size, weight.shape[1]).normal_(0.0, std)
     kept = min(size, len(weight))

@@ -51,13 +51,13 @@ NAMES: dict[tuple[str, str, str], str] = {
     ("tf", "heads.py", "*.compute_logits"): "a tied head has no layer of its own",
     (
         "tf",
-        "*heads.py",
+        "model.py *heads.py",
         "*.loss_of *.predictions_of",
     ): "Keras' fit asks the model for its loss",
     (
         "tf",
         "pretrained.py",
-        "*.loss_of *.predictions_of *.compute_loss",
+        "*.loss_of *.predictions_of *.compute_loss *.compute_metrics",
     ): "Keras' fit asks the model for its loss",
     ("tf", "model.py", "OPTDecoder._check"): "checked in inputs.py, before Keras converts them",
     ("tf", "model.py", "OPTDecoder._next_seed"): "dropout is stateless: right under recomputation",
@@ -67,11 +67,7 @@ NAMES: dict[tuple[str, str, str], str] = {
     ("tf", "pretrained.py", "OPTPreTrainedModel.forward"): "TensorFlow's three ways to pass inputs",
     ("tf", "pretrained.py", "OPTPreTrainedModel.dummy_inputs"): "what a Keras model is exported on",
     ("tf", "pretrained.py", "*.get_config *.from_config"): SAVED,
-    (
-        "tf",
-        "pretrained.py",
-        "OPTPreTrainedModel.tie_weights",
-    ): "the head reads the embedding itself",
+    ("tf", "pretrained.py", "*._replace"): "a built Keras model is unlocked to change its parts",
     ("tf", "pretrained.py", "*.dtype *.device"): "dtype is Keras' own; it places by itself",
     ("tf", "weights.py", "to_tensor from_numpy"): STATE,
     ("*", "activations.py", "gelu"): "the framework's own default is the approximation",
@@ -84,13 +80,13 @@ NAMES: dict[tuple[str, str, str], str] = {
         "flax",
         "pretrained.py",
         "*.post_init *.tie_weights *.get_*put_embeddings *.dtype *.device *.init_weights *.params "
-        "*._given *._call _available",
+        "*._given *._call _available *._decoder *._set_rows *.enable_gradient_checkpointing HEAD",
     ): LINEN,
     (
         "flax",
         "weights.py",
         "find_parameter to_tensor from_numpy to_numpy Params initializer flax_shape to_array "
-        "check_params to_canonical",
+        "check_params to_canonical find_rows with_rows check_rows",
     ): STATE,
 }
 #: Argument -> why only one of torch and that backend has it, wherever it stands.
@@ -129,7 +125,8 @@ SIGNATURES: dict[tuple[str, str, str], str] = {
     ("flax", "task_heads.py", "*.forward"): "the order of the reference's other classes in Flax",
     ("*", "model.py", "OPTDecoder._bias"): GRAPH,
     ("*", "generation/generate.py", "_noise"): "a graph takes its randomness as an argument",
-    ("tf", "weights.py", "to_numpy"): "a Keras kernel is stored transposed",
+    ("tf", "weights.py", "to_numpy resized"): "a Keras kernel is stored transposed",
+    ("flax", "weights.py", "resized"): STATE,
 }
 
 #: What each framework has but not quite as OPT needs it: little that two of them share.

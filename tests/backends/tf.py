@@ -95,7 +95,8 @@ class TFBackend(Backend):
         variables = [getattr(layer, leaf).value for layer, leaf in owners]
         with tf.GradientTape() as tape:
             loss = model(**inputs, training=train).loss
-        found = [tf.convert_to_tensor(g).numpy() for g in tape.gradient(loss, variables)]
+        gradients = tape.gradient(loss, variables, unconnected_gradients="zero")  # dropped layers
+        found = [tf.convert_to_tensor(gradient).numpy() for gradient in gradients]
         return {
             param.name: gradient.T if param.transposed("tf") else gradient
             for param, gradient in zip(rows, found, strict=True)

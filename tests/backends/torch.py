@@ -78,7 +78,7 @@ class TorchBackend(Backend):
         torch.manual_seed(seed)
         model.train(train)
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(train):
                 output = model(**{key: _tensor(value) for key, value in inputs.items()})
         finally:
             model.eval()
@@ -89,11 +89,15 @@ class TorchBackend(Backend):
     ) -> dict[str, Array]:
         torch.manual_seed(seed)
         model.train(train).zero_grad()
-        model(**{name: torch.tensor(value) for name, value in inputs.items()}).loss.backward()
+        model(**{name: _tensor(value) for name, value in inputs.items()}).loss.backward()
         model.eval()
         rows = param_table(model.config, model.architecture)
         owners = {p.name: find_parameter(model, p, model.architecture) for p in rows}
-        return {n: owner.get_parameter(leaf).grad.numpy() for n, (owner, leaf) in owners.items()}
+        found = {name: owner.get_parameter(leaf) for name, (owner, leaf) in owners.items()}
+        for parameter in found.values():
+            if parameter.grad is None:  # of a layer that was dropped
+                parameter.grad = torch.zeros_like(parameter)
+        return {name: parameter.grad.numpy() for name, parameter in found.items()}
 
     def init_cache(self, model: Any, batch_size: int, max_length: int) -> Any:
         return model.init_cache(batch_size, max_length)
@@ -186,7 +190,7 @@ def _tensor(value: Any) -> Any:
 
 
 def _numpy(value: Any) -> Any:
-    return nested(value, lambda t: (t.float() if t.is_floating_point() else t).numpy())
+    return nested(value, lambda t: (t.float() if t.is_floating_point() else t).detach().numpy())
 
 
 BACKEND = TorchBackend()
