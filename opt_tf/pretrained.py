@@ -30,6 +30,7 @@ class TFOPTPreTrainedModel(keras.Model):
 
     architecture: ClassVar[str]
     base_model_prefix = "model"
+    compiled: bool  # Keras' own
 
     def __init__(
         self,
@@ -146,7 +147,8 @@ class TFOPTPreTrainedModel(keras.Model):
         self.programs.clear()
         self.predict_function = None
         if self.compiled:
-            self.compiled, self.optimizer = False, None
+            self.compiled = False
+            self.optimizer = None
 
     @property
     def _decoder(self) -> Any:
