@@ -74,10 +74,15 @@ def span_loss(start_logits: Array, end_logits: Array, start: Array, end: Array) 
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """The mean over labels [...] that count, of logits [..., classes], in float32 at least."""
+    """The mean over labels [...] that count, of logits [..., classes], in float32 at least.
+
+    A label that is no class, where its value cannot be read, makes it NaN.
+    """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    labels = labels.astype(jnp.int32)
     counts = labels != IGNORED_LABEL
-    target = jnp.where(counts, labels, 0)[..., None]  # [..., 1]
+    # Beyond the last class lies NaN; below 0, JAX would count from the end.
+    target = jnp.where(labels < 0, logits.shape[-1], labels)[..., None]  # [..., 1]
     chosen = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
     losses = jax.nn.logsumexp(logits, axis=-1) - chosen  # [...]
     return jnp.where(counts, losses, 0).sum() / counts.sum()

@@ -30,18 +30,19 @@ def positions_from_mask(
 def packed_texts(position_ids: Tensor) -> Tensor | None:
     """Which of the texts packed into its row each token belongs to; None where that is seen to be one.
 
-    A text begins at position 0; after pads (-1), the first does.
+    A text begins at position 0, wherever pads (-1) stand; the first of a row is counted as 0.
 
     Args:
         position_ids: [B or 1, T].
 
     Returns:
-        [B or 1, T], counted from 0.
+        [B or 1, T].
     """
-    begins = (position_ids[:, 1:] == 0) & (position_ids[:, :-1] >= 0)
+    tokens = tf.cumsum(tf.cast(position_ids >= 0, tf.int32), axis=1)
+    begins = (position_ids == 0) & (tokens > 1)
     if is_readable(begins) and not tf.reduce_any(begins):
         return None
-    return tf.pad(tf.cumsum(tf.cast(begins, tf.int32), axis=1), [[0, 0], [1, 0]])
+    return tf.cumsum(tf.cast(begins, tf.int32), axis=1)
 
 
 def attention_bias(

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from opt_torch.parts import is_readable
@@ -31,18 +30,19 @@ def positions_from_mask(
 def packed_texts(position_ids: Tensor) -> Tensor | None:
     """Which of the texts packed into its row each token belongs to; None where that is seen to be one.
 
-    A text begins at position 0; after pads (-1), the first does.
+    A text begins at position 0, wherever pads (-1) stand; the first of a row is counted as 0.
 
     Args:
         position_ids: [B or 1, T].
 
     Returns:
-        [B or 1, T], counted from 0.
+        [B or 1, T].
     """
-    begins = (position_ids[:, 1:] == 0) & (position_ids[:, :-1] >= 0)
+    tokens = (position_ids >= 0).cumsum(dim=1)
+    begins = (position_ids == 0) & (tokens > 1)
     if is_readable(begins) and not begins.any():
         return None
-    return F.pad(begins.long().cumsum(dim=1), (1, 0))
+    return begins.cumsum(dim=1)
 
 
 def attention_bias(

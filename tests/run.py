@@ -23,12 +23,14 @@ ROOT = Path(__file__).parent.parent
 BACKENDS = ("torch", "tf", "flax")
 COMPILING = ("tf", "flax")
 LONGEST_FIRST = (
+    "flax-rest",
     "flax",
     "tf-decoding",
     "flax-decoding",
     "tf-training",
     "flax-training",
     "neutral",
+    "tf-rest",
     "tf",
     "torch",
     "mypy",
@@ -56,6 +58,8 @@ DECODING = (
     "sampling",
     "strategies",
 )
+#: Those that must run as users' programs do; what is in none of the three is the rest.
+EXACT = ("activations", "golden", "gradients", "loops", "numerics", "processors")
 TRAINING = ("checkpointing", "dropout", "heads", "packing", "resizing")
 #: Those whose cases are one program each, apart: a process can map only so many programs (Linux:
 #: vm.max_map_count), and XLA gives none of them back.
@@ -97,6 +101,7 @@ def parts(slow: bool) -> dict[str, list[str]]:
     pytest = [*python, "pytest", "-q", "-m"]
     neutral = [f"tests/{name}" for name in NEUTRAL]
     waiting = {
+        "": [f"tests/suite/test_{name}.py" for name in EXACT],
         "decoding": [f"tests/suite/test_{name}.py" for name in DECODING],
         "training": [f"tests/suite/test_{name}.py" for name in TRAINING],
     }
@@ -119,16 +124,19 @@ def parts(slow: bool) -> dict[str, list[str]]:
         tests = [*pytest, "--backend", backend]
         commands[backend] = [*tests, "tests/suite", f"tests/{backend}"]
         if backend in COMPILING:
+            commands[f"{backend}-rest"] = commands[backend]
+            commands[backend] = [*tests, *waiting[""]]
             for what, paths in waiting.items():
-                commands[backend] += [f"--ignore={path}" for path in paths]
-                commands[f"{backend}-{what}"] = [*tests, *paths]
+                commands[f"{backend}-rest"] += [f"--ignore={path}" for path in paths]
+                if what:
+                    commands[f"{backend}-{what}"] = [*tests, *paths]
     return commands
 
 
 def run(name: str, command: list[str]) -> Result:
     """Runs one part and counts; a tool other than pytest counts as one test."""
     start = time.monotonic()
-    quickly = name.endswith(("-decoding", "-training"))
+    quickly = name.endswith(("-decoding", "-training", "-rest"))
     environment = {**ENVIRONMENT, **(QUICKLY_COMPILED if quickly else {})}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:attn_implementation=")
 LENGTH = 9
 #: Five rows, by the lengths of their texts, negative ones of pads.
 FULL = ((4, 5), (1, 7, 1), (3, 3, 3), (9,), (1, 1, 2, 5))
-PADDED = ((4, 3, -2), (-2, 3, 4), (-1, 1, 1, 2, -4), (-3, 6), (2, 2, 5))
+PADDED = ((3, -1, 3, -2), (-2, 3, 4), (-1, 1, 1, 2, -4), (-3, 6), (2, 2, 5))
 FIVE_TEXTS = ((-1, 3, 1, 2, -2), (4, 5), (-9,), (-9,), (-9,))
 every_model = pytest.mark.parametrize("name", ["pre_norm", "post_norm"])
 
