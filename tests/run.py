@@ -23,16 +23,16 @@ ROOT = Path(__file__).parent.parent
 BACKENDS = ("torch", "tf", "flax")
 COMPILING = ("tf", "flax")
 LONGEST_FIRST = (
-    "flax-rest",
-    "flax",
-    "tf-decoding",
-    "flax-decoding",
-    "tf-training",
-    "flax-training",
     "neutral",
+    "flax-rest",
     "tf-rest",
-    "tf",
+    "flax-decoding",
+    "tf-decoding",
+    "flax",
+    "flax-training",
     "torch",
+    "tf",
+    "tf-training",
     "mypy",
     "ruff",
     "format",
