@@ -111,6 +111,8 @@ class Moments:
 
 def main() -> None:
     """Serves requests, a line of stdin each, with answers, a line of stdout each."""
+    # A shell that runs the suite in the background ignores Ctrl-C, and its children would too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
         job, arguments, options, accident = json.loads(line)
         ending = _fork(partial(JOBS[job], *arguments, **options), Accident(**accident))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,6 @@ from tests.faults.children import NONE, Accident, Children
 from tests.faults.jobs import content, hidden, make, tree
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # and the exit codes that tell of them
-
-
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """A shell that runs the suite in the background ignores Ctrl-C, and its children would too."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
