@@ -8,18 +8,20 @@ VENV ?= .venv
 ENVIRONMENTS ?= .cache/oracle
 
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 PEERS := hf437 hf457 hf5 ct2
 DECODERS := hf457 hf5 ct2 kh
+TRAINERS := hf457 hf5
 PEERS_READY := $(PEERS:%=$(ENVIRONMENTS)/%/.ready)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow oracle golden lint format typecheck docs train-sums accuracy memory bench-decode generation-memory fuzz conversion wheel clean
+.PHONY: help demo test test-slow oracle golden lint format typecheck docs train-sums accuracy memory bench-decode bench-train generation-memory fuzz conversion wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
 
-demo: $(READY)  ## the main job: one checkpoint, three frameworks, one answer
+demo: $(INSTALLED)  ## the main job: one checkpoint, three frameworks, one answer
 	$(BIN)/opt-zoo demo
 
 test: $(READY)  ## lint, types and all tests, each backend in a process of its own
@@ -50,13 +52,14 @@ docs: $(READY)  ## write docs/weights.md from the parameter table, and the pairs
 	$(BIN)/python docs/make_weights.py
 	$(BIN)/python docs/make_conversion.py
 
-train-sums: $(READY)  ## train the embedded model anew (about ten minutes on one core)
-	$(BIN)/python examples/train_tiny_sums.py
+train-sums: $(READY)  ## train the small model from nothing in each framework (about four minutes each)
+	for backend in torch tf flax; do $(BIN)/python examples/from_scratch_$$backend.py --output .cache/sums-$$backend || exit 1; cp .cache/sums-$$backend/log.jsonl benchmarks/results/from_scratch_$$backend.jsonl; done
+	$(BIN)/python docs/make_training.py
 
 fuzz: $(READY)  ## 200,000 damaged files through every reader (about four minutes)
 	$(BIN)/python -m tests.fuzz.run --inputs 200000 --jobs 2
 
-accuracy: $(READY)  ## the embedded model on every held-out problem, in the three frameworks
+accuracy: $(INSTALLED)  ## the embedded model on every held-out problem, in the three frameworks
 	$(BIN)/opt-zoo accuracy
 
 memory: $(READY)  ## peak memory and seconds of from_pretrained in the three frameworks
@@ -64,6 +67,10 @@ memory: $(READY)  ## peak memory and seconds of from_pretrained in the three fra
 
 bench-decode: $(READY) $(DECODERS:%=$(ENVIRONMENTS)/%/.ready)  ## decoding beside the peers (about half an hour, idle machine)
 	OPT_ZOO_PEERS=$(ENVIRONMENTS) $(BIN)/python benchmarks/decode.py --json benchmarks/results/decode.json --plot docs/decoding.png
+	$(BIN)/python docs/make_performance.py
+
+bench-train: $(READY) $(TRAINERS:%=$(ENVIRONMENTS)/%/.ready)  ## training beside transformers (about a quarter of an hour, idle machine)
+	OPT_ZOO_PEERS=$(ENVIRONMENTS) $(BIN)/python benchmarks/train.py --json benchmarks/results/train.json
 	$(BIN)/python docs/make_performance.py
 
 generation-memory: $(READY)  ## peak memory of generate in the three frameworks
@@ -79,9 +86,13 @@ wheel: $(READY)  ## build dist/*.whl and the source archive
 clean:  ## remove environments, caches and what was built
 	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-$(READY): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "opt-zoo needs Python 3.11 to 3.13, found %d.%d. Try: make PYTHON=python3.12 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all-cpu]'
+	@touch $@
+
+$(READY): $(INSTALLED)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all-cpu,dev]'
 	@touch $@
 

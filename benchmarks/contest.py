@@ -12,15 +12,18 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import psutil
 
+WORKERS = Path(__file__).parent / "workers"
 #: How long workers are watched for work that goes on, and how much of a core is none, in seconds.
 WATCH, TICK = 0.05, 0.01
 #: After how long a worker that still computes is no idle one.
@@ -40,7 +43,8 @@ class Worker:
 
     def __init__(self, command: Sequence[str], variables: Mapping[str, str], log: Path) -> None:
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "HF_HUB_OFFLINE": "1"}
-        environment |= {"TOKENIZERS_PARALLELISM": "false", **variables}
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "JAX_TRACEBACK_FILTERING": "off"}
+        environment |= variables
         self.log = log
         with open(log, "wb") as errors:
             self.process = subprocess.Popen(
@@ -86,6 +90,60 @@ class Worker:
         self.close()
 
 
+@dataclass(frozen=True)
+class Program:
+    """How a contestant is started: `workers/{script}.py` with arguments after the checkpoint."""
+
+    script: str
+    arguments: tuple[str, ...] = ()
+    environment: str = ""  # a folder among the peers; by default the interpreter that runs this
+    variables: Mapping[str, str] = field(default_factory=dict)
+    sizes: tuple[str, ...] = ()  # of the checkpoints that it can load; by default any
+    exact: bool = True  # what it computes must be what ours does
+
+
+class Pool:
+    """The workers of one checkpoint, each started when it is first needed."""
+
+    def __init__(
+        self, checkpoint: Path, programs: Mapping[str, Program], peers: Path, stack: ExitStack
+    ) -> None:
+        self.checkpoint, self.peers, self.stack = checkpoint, peers, stack
+        self.programs = programs
+        self.workers: dict[str, Worker] = {}
+        self.absent: dict[str, str] = {}
+
+    def start(self, name: str) -> bool:
+        """Whether the worker of that name runs; if not, the reason is in `absent`."""
+        if name not in self.workers and name not in self.absent:
+            print(f"  starting {name}", file=sys.stderr, flush=True)
+            try:
+                self.workers[name] = self.stack.enter_context(self._worker(self.programs[name]))
+            except LostError as error:
+                self.lose(name, error)
+        return name in self.workers
+
+    def lose(self, name: str, reason: LostError) -> None:
+        """Leaves a contestant out."""
+        self.workers.pop(name, None)
+        self.absent[name] = str(reason)
+        print(f"  without {name}: {reason}", file=sys.stderr, flush=True)
+
+    def _worker(self, program: Program) -> Worker:
+        if program.sizes and self.checkpoint.name not in program.sizes:
+            raise LostError(f"has no {self.checkpoint.name}")
+        python, variables = Path(sys.executable), dict(program.variables)
+        if program.environment:
+            python = self.peers / program.environment / "bin" / "python"
+            variables["PYTHONPATH"] = ""
+        if not python.exists():
+            raise LostError(f"has no environment {program.environment} among the peers")
+        script = str(WORKERS / f"{program.script}.py")
+        command = [str(python), script, str(self.checkpoint), *program.arguments]
+        log = self.checkpoint.parent / f"{'-'.join((program.script, *program.arguments))}.log"
+        return Worker(command, variables, log)
+
+
 def settle(workers: Iterable[Worker]) -> None:
     """Waits until no worker computes; raises LostError for one that does not stop."""
     workers, end = list(workers), time.monotonic() + PATIENCE
@@ -101,7 +159,11 @@ def settle(workers: Iterable[Worker]) -> None:
 
 
 def race(
-    workers: Mapping[str, Worker], rounds: int, beside: Iterable[Worker], **request: Any
+    workers: Mapping[str, Worker],
+    rounds: int,
+    beside: Iterable[Worker],
+    operation: str,
+    **request: Any,
 ) -> dict[str, list[float]]:
     """Seconds of each worker in each round; every round asks all of them in turn.
 
@@ -109,14 +171,14 @@ def race(
         workers: by name.
         rounds: how often each is asked.
         beside: all that live, so that none of them computes meanwhile.
-        request: what each is asked to generate.
+        operation, request: what each is asked.
     """
     beside = list(beside)
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for _ in range(rounds):
         for name, worker in workers.items():
             settle(beside)
-            seconds[name].append(worker.ask("generate", **request)["seconds"])
+            seconds[name].append(worker.ask(operation, **request)["seconds"])
     return seconds
 
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -24,13 +22,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs in a source tree, installed or not
 
-from benchmarks.decode_race import Pool, idle_cost, run_job
+from benchmarks.command import argument_parser, environment, write_json
+from benchmarks.contest import Pool
+from benchmarks.decode_race import idle_cost, run_job
 from benchmarks.decode_report import Race, report, write_plot
-from benchmarks.decode_table import COLUMNS, JOBS, SCALES, SIZES
+from benchmarks.decode_table import BANDWIDTH, COLUMNS, JOBS, SCALES, SIZES
 from benchmarks.random_checkpoint import write_random_checkpoint
 from opt_core import OPTConfig
 
@@ -54,21 +52,6 @@ def write_checkpoint(folder: Path, size: str) -> Path:
     return checkpoint
 
 
-def environment() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model, info = platform.processor(), Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "memory": psutil.virtual_memory().total,
-        "system": platform.system(),
-        "python": platform.python_version(),
-    }
-
-
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All races, as the JSON file holds them."""
     races: list[Race] = []
@@ -77,7 +60,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         checkpoint = write_checkpoint(folder, size)
         for column in options.column or COLUMNS:
             with ExitStack() as stack:
-                pool = Pool(checkpoint, COLUMNS[column], options.peers, stack)
+                programs = {**COLUMNS[column], "bandwidth": BANDWIDTH}
+                pool = Pool(checkpoint, programs, options.peers, stack)
                 for job in options.job or JOBS:
                     races.append(run_job(pool, column, job, options.rounds))
                     print(report(races[-1:]), flush=True)
@@ -91,28 +75,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Measures what the arguments ask for; returns 1 if tokens differ that should not."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argument_parser(__doc__, COLUMNS, ROUNDS)
     parser.add_argument("--size", action="append", choices=SIZES)
-    parser.add_argument("--column", action="append", choices=[*COLUMNS])
     parser.add_argument("--job", action="append", choices=[*JOBS])
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="(default: %(default)s)")
-    parser.add_argument(
-        "--peers",
-        type=Path,
-        default=Path(os.environ.get("OPT_ZOO_PEERS", ".cache/oracle")),
-        help="the folder of the peers' environments (default: OPT_ZOO_PEERS)",
-    )
     parser.add_argument("--checkpoints", type=Path, help="a folder to keep the checkpoints in")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--plot", type=Path, help="where to draw them (.svg or .png)")
     options = parser.parse_args()
-    options.peers = options.peers.absolute()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.checkpoints or Path(temporary)).absolute()
         found = measure(options, folder)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(options.json, found)
     if options.plot:
         write_plot(found, options.plot)
     return 1 if any(race["differing"] for race in found["races"]) else 0

@@ -4,64 +4,18 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.contest import LostError, Worker, agreement, logits_error, race
+from benchmarks.contest import LostError, Pool, agreement, logits_error, race
 from benchmarks.decode_report import Entry, Race
-from benchmarks.decode_table import ARRAY, BANDWIDTH, JOBS, Job, Program
+from benchmarks.decode_table import ARRAY, JOBS, Job
 
-WORKERS = Path(__file__).parent / "workers"
 #: How often ours runs beside the others and alone, to see what waiting workers cost.
 IDLE_ROUNDS = 3
-
-
-class Pool:
-    """The workers of one column and size, each started when it is first needed."""
-
-    def __init__(
-        self, checkpoint: Path, programs: Mapping[str, Program], peers: Path, stack: ExitStack
-    ) -> None:
-        self.checkpoint, self.peers, self.stack = checkpoint, peers, stack
-        self.programs = {**programs, "bandwidth": BANDWIDTH}
-        self.workers: dict[str, Worker] = {}
-        self.absent: dict[str, str] = {}
-
-    def start(self, name: str) -> bool:
-        """Whether the worker of that name runs; if not, the reason is in `absent`."""
-        if name not in self.workers and name not in self.absent:
-            print(f"  starting {name}", file=sys.stderr, flush=True)
-            try:
-                self.workers[name] = self.stack.enter_context(self._worker(self.programs[name]))
-            except LostError as error:
-                self.lose(name, error)
-        return name in self.workers
-
-    def lose(self, name: str, reason: LostError) -> None:
-        """Leaves a contestant out."""
-        self.workers.pop(name, None)
-        self.absent[name] = str(reason)
-        print(f"  without {name}: {reason}", file=sys.stderr, flush=True)
-
-    def _worker(self, program: Program) -> Worker:
-        if self.checkpoint.name not in program.sizes:
-            raise LostError(f"has no {self.checkpoint.name}")
-        python, variables = Path(sys.executable), dict(program.variables)
-        if program.environment:
-            python = self.peers / program.environment / "bin" / "python"
-            variables["PYTHONPATH"] = ""
-        if not python.exists():
-            raise LostError(f"has no environment {program.environment}: run `make bench-decode`")
-        script = str(WORKERS / f"{program.script}.py")
-        command = [str(python), script, str(self.checkpoint), *program.arguments]
-        log = self.checkpoint.parent / f"{'-'.join((program.script, *program.arguments))}.log"
-        return Worker(command, variables, log)
 
 
 def task(job: Job) -> dict[str, Any]:
@@ -87,7 +41,7 @@ def run_job(pool: Pool, column: str, name: str, rounds: int) -> Race:
     differing = [each for each, entry in entries.items() if entry.differs]
     racing = [*(each for each in entries if each not in differing), "bandwidth"]
     workers = {each: pool.workers[each] for each in racing}
-    seconds = race(workers, rounds, pool.workers.values(), **request)
+    seconds = race(workers, rounds, pool.workers.values(), "generate", **request)
     reading = min(seconds.pop("bandwidth"))
     for each, times in seconds.items():
         entries[each].seconds = times
@@ -143,8 +97,8 @@ def idle_cost(pool: Pool) -> float:
     """How many times longer ours takes beside the waiting others than alone; ends the others."""
     request, ours = task(JOBS["decode-1"]), pool.workers["ours"]
     ours.ask("generate", **request)
-    beside = race({"ours": ours}, IDLE_ROUNDS, pool.workers.values(), **request)["ours"]
+    beside = race({"ours": ours}, IDLE_ROUNDS, pool.workers.values(), "generate", **request)["ours"]
     for name in [name for name in pool.workers if name != "ours"]:
         pool.workers.pop(name).close()
-    alone = race({"ours": ours}, IDLE_ROUNDS, [ours], **request)["ours"]
+    alone = race({"ours": ours}, IDLE_ROUNDS, [ours], "generate", **request)["ours"]
     return statistics.median(beside) / statistics.median(alone)

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from benchmarks.contest import ratio
 from benchmarks.decode_table import COLUMNS, JOBS, TARGETS, TITLES
+from benchmarks.tables import markdown, verdict
 from opt_core import OPTConfig
 from opt_core.params import Kind, param_table
 
@@ -97,13 +98,6 @@ def step_bytes(size: str, *, rounded: bool) -> int:
     return total
 
 
-def verdict(found: float, target: float | None) -> str:
-    """A ratio beside its target."""
-    if target is None:
-        return f"{found:.2f}"
-    return f"{found:.2f} of {target:g}" + ("" if found >= target else ", missed")
-
-
 def against(race: Race, name: str, group: str) -> str:
     """The cell of one ratio, with the seconds that the rival's first call took longer."""
     rival = race.rival(name, group)
@@ -175,11 +169,6 @@ def summary_table(races: Sequence[Race]) -> str:
         ]
         rows.append([*cells, f"{race.rate(best):.0f}", *ratios])
     return markdown(rows)
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
 def report(races: Sequence[Race]) -> str:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from benchmarks.contest import Program
 
 #: size -> the scale of its random weights, with which greedy tokens vary.
 SCALES = {"opt-125m": 3.0, "opt-350m": 0.3}
@@ -50,18 +52,6 @@ JOBS = {
         weighs_logits=True,
     ),
 }
-
-
-@dataclass(frozen=True)
-class Program:
-    """How a contestant is started: `workers/{script}.py` with arguments after the checkpoint."""
-
-    script: str
-    arguments: tuple[str, ...] = ()
-    environment: str = ""  # a folder among the peers; by default the interpreter that runs this
-    variables: Mapping[str, str] = field(default_factory=dict)
-    sizes: tuple[str, ...] = SIZES
-    exact: bool = True  # its tokens must be ours
 
 
 #: Bytes to sum up, more than caches hold.

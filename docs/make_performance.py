@@ -1,56 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the tables of docs/performance.md and README.md from what has been measured.
 
-python docs/make_performance.py            # after `make bench-decode` or `make generation-memory`
+python docs/make_performance.py   # after `make bench-decode`, `bench-train` or `generation-memory`
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # runs in a source tree, installed or not
 
-from benchmarks.decode_report import (
-    Race,
-    errors_table,
-    job_table,
-    markdown,
-    peers_table,
-    races_of,
-    summary_table,
-)
+from benchmarks import decode_report, train_report
+from benchmarks.decode_report import Race, errors_table, job_table, peers_table, summary_table
 from benchmarks.decode_table import JOBS, SIZES, TITLES
+from benchmarks.tables import markdown
 from docs.make_numerics import BEGIN, replace_block
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 
 
-def machine(found: Mapping[str, Any]) -> str:
+def hardware(found: Mapping[str, Any]) -> str:
     """What it was measured on."""
     environment = found["environment"]
-    versions = {
-        f"{name} {version}"
-        for race in races_of(found)
-        for entry in race.entries.values()
-        for name, version in entry.versions.items()
-    }
-    bandwidths = sorted(race.bandwidth / 1e9 for race in races_of(found))
-    beside = max(found["beside"].values())
     return (
         f"- {environment['processor']}, {environment['cores']} cores, "
         f"{environment['memory'] / 2**30:.0f} GiB, {environment['system']}, "
         f"Python {environment['python']}.\n"
+    )
+
+
+def versions(races: Iterable[Race | train_report.Race]) -> str:
+    """Of whatever was measured."""
+    found = {
+        f"{name} {version}"
+        for race in races
+        for entry in race.entries.values()
+        for name, version in entry.versions.items()
+    }
+    return f"- {', '.join(sorted(found))}.\n"
+
+
+def machine(found: Mapping[str, Any]) -> str:
+    """Where and how often decoding was measured."""
+    races = decode_report.races_of(found)
+    bandwidths = sorted(race.bandwidth / 1e9 for race in races)
+    beside = max(found["beside"].values())
+    return (
+        f"{hardware(found)}"
         f"- Reading memory: {bandwidths[0]:.0f} to {bandwidths[-1]:.0f} GB/s.\n"
         f"- {found['rounds']} rounds. Beside the waiting others, ours took at most {beside:.2f} times "
         "as long as alone.\n"
-        f"- {', '.join(sorted(versions))}.\n"
+        f"{versions(races)}"
     )
+
+
+def training(found: Mapping[str, Any]) -> str:
+    """Everyone who trained, and where."""
+    races = train_report.races_of(found)
+    rounds = f"- {found['rounds']} rounds.\n"
+    return f"{train_report.table(races)}\n{hardware(found)}{rounds}{versions(races)}"
 
 
 def details(races: Sequence[Race]) -> str:
@@ -82,13 +96,14 @@ def memory(cases: Sequence[Mapping[str, Any]]) -> str:
 def blocks() -> dict[str, str]:
     """The text of each block by its name."""
     found = json.loads((RESULTS / "decode.json").read_text())
-    races = races_of(found)
+    races = decode_report.races_of(found)
     return {
         "machine": machine(found),
         "decoding": summary_table(races),
         "decoding in short": summary_table([race for race in races if race.size == SIZES[0]]),
         "errors": errors_table(races),
         "details": details(races),
+        "training": training(json.loads((RESULTS / "train.json").read_text())),
         "memory": memory(json.loads((RESULTS / "generation_memory.json").read_text())),
     }
 

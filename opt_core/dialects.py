@@ -128,6 +128,7 @@ DIALECTS = {
             Kind.NORM_SCALE: ("vars/0",),
             Kind.NORM_BIAS: ("vars/1",),
         },
+        dropped=(r"optimizer/.*", r"(.*/)?decoder/vars/0"),  # moments, and dropout's seeds
     ),
 }
 

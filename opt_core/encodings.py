@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -45,8 +46,10 @@ class BatchEncoding(dict[str, Any]):
     lists and a batch gives lists of lists; with it, every value is an array `[B, T]`.
     """
 
-    def __init__(self, data: Mapping[str, Any], rows: Sequence[Sequence[Token]] = ()) -> None:
-        super().__init__(data)
+    def __init__(
+        self, data: Mapping[str, Any] = MappingProxyType({}), rows: Sequence[Sequence[Token]] = ()
+    ) -> None:
+        super().__init__(data)  # none of it where TensorFlow makes another of the kind
         self._rows = rows
 
     def __getattr__(self, name: str) -> Any:

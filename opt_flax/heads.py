@@ -25,7 +25,7 @@ from opt_flax.weights import find_rows
 
 
 class OPTForCausalLMModule(nn.Module):
-    """The Linen module of `FlaxOPTForCausalLM`: arguments as there, and `deterministic` last."""
+    """The Linen module of `FlaxOPTForCausalLM`: arguments as there, then `deterministic` and `last`."""
 
     config: OPTConfig
     attn_implementation: str = DEFAULT_KERNEL
@@ -69,7 +69,9 @@ class OPTForCausalLMModule(nn.Module):
         return_dict: bool | None = None,
         position_ids: Array | None = None,
         deterministic: bool = True,
+        last: bool = False,
     ) -> CausalLMOutput | tuple[Any, ...]:
+        """With `last`, the logits [B, 1, V] are those of the last column alone."""
         outputs: Any = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -83,7 +85,8 @@ class OPTForCausalLMModule(nn.Module):
             position_ids=position_ids,
             deterministic=deterministic,
         )
-        logits = self.logits(outputs.last_hidden_state)  # [B, T, V]
+        columns = slice(-1, None) if last else slice(None)
+        logits = self.logits(outputs.last_hidden_state[:, columns])  # [B, T, V]
         output = CausalLMOutput(
             loss=None if labels is None else causal_lm_loss(logits, labels),
             logits=logits,

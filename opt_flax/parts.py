@@ -10,6 +10,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import Scope
+from flax.linen.dtypes import promote_dtype
 from jax import Array
 
 from opt_core.params import Kind
@@ -40,7 +42,8 @@ class Linear(nn.Dense):
             outputs = weight_product(flat, weight.astype(self.dtype))
         else:
             kernel = self.param("kernel", self.kernel_init, (size, self.features), dtype)
-            outputs = kernel_product(flat, kernel.astype(self.dtype))
+            flat, kernel = promote_dtype(flat, kernel, dtype=self.dtype)
+            outputs = (kernel_product if _is_plain(self) else whole_product)(flat, kernel)
         if self.use_bias:
             outputs += self.param("bias", self.bias_init, (self.features,), dtype)
         return outputs.astype(self.dtype).reshape(*inputs.shape[:-1], self.features)
@@ -65,16 +68,31 @@ class Embed(nn.Embed):
         return outputs.astype(self.dtype)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the parameters are a matrix and a bias alone, and there already.
+
+    A library such as qwix puts its own beside them, or others in their place. It does so wherever a
+    parameter meets `jnp.dot`, but does not know a parameter that was cut into blocks.
+    """
+    leaves = module.variables.get("params", {})
+    return not module.is_initializing() and all(
+        name in ("kernel", "bias") and isinstance(leaf, jax.Array) for name, leaf in leaves.items()
+    )
+
+
+def whole_product(rows: Array, kernel: Array) -> Array:
+    """Rows [R, I] times a kernel [I, O] -> [R, O], summed in float32 at least."""
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    return jnp.dot(rows, kernel, preferred_element_type=wide)
+
+
 def kernel_product(rows: Array, kernel: Array) -> Array:
-    """Rows [R, I] times a kernel [I, O] -> [R, O], summed in float32 at least.
+    """As `whole_product`.
 
     On CPU, XLA multiplies one row by the blocks of a matrix in parallel and at the speed of memory,
     and by the matrix as a whole at about 0.7 of it.
     """
     wide = jnp.promote_types(rows.dtype, jnp.float32)
-
-    def whole(rows: Array, kernel: Array) -> Array:
-        return jnp.dot(rows, kernel, preferred_element_type=wide)
 
     def in_blocks(rows: Array, kernel: Array) -> Array:
         blocks = kernel.reshape(math.gcd(len(kernel), BLOCKS), -1, kernel.shape[1])
@@ -83,8 +101,8 @@ def kernel_product(rows: Array, kernel: Array) -> Array:
         return products.sum(axis=0, keepdims=True)
 
     if len(rows) != 1 or _has_16_bits(rows):
-        return whole(rows, kernel)
-    return jax.lax.platform_dependent(rows, kernel, cpu=in_blocks, default=whole)
+        return whole_product(rows, kernel)
+    return jax.lax.platform_dependent(rows, kernel, cpu=in_blocks, default=whole_product)
 
 
 def weight_product(rows: Array, weight: Array) -> Array:
@@ -137,18 +155,22 @@ def recomputed(layer: nn.Module, hidden_states: Array, *arguments: Any) -> Any:
 
     def run(variables: Any, rngs: Any, hidden_states: Array, arrays: Any) -> Any:
         given = [arrays.get(i, other) for i, other in enumerate(others)]
-        return module.apply(variables, hidden_states, *structure.unflatten(given), rngs=rngs)
+        bound = module.clone(parent=Scope(variables, rngs, path=layer.path))
+        return bound(hidden_states, *structure.unflatten(given))
+
+    inputs = variables, layer.scope.rngs, hidden_states, arrays
+    # Traced once: a library that replaces functions here, such as qwix, does not do so again later.
+    traced, constants = jax.closure_convert(run, *inputs)
 
     def run_again(inputs: tuple[Any, ...], gradients: Any) -> tuple[Any, ...]:
-        variables, rngs, hidden_states, arrays = inputs
+        variables, rngs, hidden_states, *others = inputs
         # The sum waits for the gradient, of which XLA cannot know that it adds nothing.
         nothing = 0 * jnp.nan_to_num(gradients[0][..., :1])
-        inputs = variables, rngs, hidden_states + nothing, arrays
-        return jax.vjp(run, *inputs)[1](gradients)
+        return jax.vjp(traced, variables, rngs, hidden_states + nothing, *others)[1](gradients)
 
-    call = jax.custom_vjp(run)
-    call.defvjp(lambda *inputs: (run(*inputs), inputs), run_again)
-    return call(variables, layer.scope.rngs, hidden_states, arrays)
+    call = jax.custom_vjp(traced)
+    call.defvjp(lambda *inputs: (traced(*inputs), inputs), run_again)
+    return call(*inputs, *constants)
 
 
 def in_float32(function: Callable[[Array], Array]) -> Callable[[Array], Array]:

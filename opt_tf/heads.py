@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core import GenerationConfig, InputError, OPTConfig
+from opt_core import GenerationConfig, InputError, OPTConfig, UnsupportedError
 from opt_core.generation.transitions import transition_scores
 from opt_tf.generation.generate import generate
 from opt_tf.losses import causal_lm_loss
@@ -62,7 +62,13 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
         if self.lm_head is not None:
             return self.lm_head(hidden_states)
         # The tied head is the embedding itself.
-        table = tf.cast(self.get_input_embeddings().embeddings, hidden_states.dtype)  # [V, E]
+        embedding = self.get_input_embeddings()
+        if embedding.quantization_mode is not None:
+            raise UnsupportedError(
+                f"The word embeddings are quantized ({embedding.quantization_mode}), and the head "
+                "tied to them reads numbers. Use model.quantize, which spares them."
+            )
+        table = tf.cast(embedding.embeddings, hidden_states.dtype)  # [V, E]
         *leading, embed = keras.ops.shape(hidden_states)
         logits = tf.matmul(tf.reshape(hidden_states, (-1, embed)), table, transpose_b=True)
         return tf.reshape(logits, (*leading, self.config.vocab_size))
@@ -139,5 +145,7 @@ class TFOPTForCausalLM(TFOPTPreTrainedModel):
         found = transition_scores(np.asarray(sequences), arrays, rows, normalize_logits)
         return tf.constant(found)
 
-    def loss_of(self, output: CausalLMOutput, target: Tensor) -> Tensor:
-        return causal_lm_loss(output.logits, target)
+    def loss_of(
+        self, output: CausalLMOutput, target: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor:
+        return causal_lm_loss(output.logits, target, sample_weight)

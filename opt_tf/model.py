@@ -68,6 +68,14 @@ class OPTDecoder(keras.layers.Layer):
         for layer in self.layers:
             layer.build()
 
+    def save_own_variables(self, store: Any) -> None:
+        """The state of dropout's seeds, which Keras would not save: training goes on as it would."""
+        store["0"] = self.seed_generator.state.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        if "0" in store:  # files of other origin have none
+            self.seed_generator.state.assign(store["0"])
+
     def call(
         self,
         input_ids: Tensor | None = None,

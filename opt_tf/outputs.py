@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes outputs and caches known to Keras' tree utilities (fit, predict, functional models)."""
+"""Makes encodings, outputs and caches known to Keras' tree utilities (fit, predict, functional models)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 
 import optree
 
+from opt_core.encodings import BatchEncoding
 from opt_core.outputs import (
     OUTPUTS,
     BaseModelOutput,
@@ -30,6 +31,12 @@ __all__ = [
 
 for _output in OUTPUTS:
     optree.register_pytree_node(_output, flatten, partial(unflatten, _output), namespace="keras")
+optree.register_pytree_node(
+    BatchEncoding,
+    lambda encoding: ([*encoding.values()], tuple(encoding)),
+    lambda names, values: BatchEncoding(dict(zip(names, values, strict=True))),
+    namespace="keras",
+)
 optree.register_pytree_node(
     KVCache,
     lambda cache: cache.__tf_flatten__()[::-1],

@@ -40,6 +40,16 @@ class Linear(keras.layers.Dense):
     def quantize(self, mode: Any = None, type_check: bool = True, config: Any = None) -> None:
         super().quantize(mode, type_check=False, config=config)  # a subclass may be quantized too
 
+    def load_own_variables(self, store: Any) -> None:
+        """Keras' files hold LoRA merged into the kernel, and reading one sets both its factors to 0.
+
+        They would never learn again: the first is drawn anew, as for a fresh adapter.
+        """
+        super().load_own_variables(store)
+        if self.lora_enabled:
+            factor = self.lora_kernel_a
+            factor.assign(keras.initializers.HeUniform()(factor.shape, factor.dtype))
+
 
 def linear(size: int, name: str, dtype: Any, *, bias: bool) -> Linear:
     return Linear(
@@ -75,7 +85,8 @@ def dropout(x: Tensor, rate: float, seed: Tensor | None) -> Tensor:
         return x
     if rate == 1:
         return tf.zeros_like(x)
-    return tf.nn.experimental.stateless_dropout(x, rate, seed)
+    # By name: what XLA would choose takes many times as long on a CPU.
+    return tf.nn.experimental.stateless_dropout(x, rate, seed, rng_alg="philox")
 
 
 def split_seed(seed: Tensor | None, number: int) -> list[Tensor | None]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
-from opt_core import GenerationConfig, InputError, OPTConfig, UnsupportedError
-from opt_core.inputs import IGNORED_LABEL
+from opt_core import GenerationConfig, InputError, OPTConfig
 from opt_core.params import num_parameters, param_table
 from opt_core.pretrained import open_pretrained, save_pretrained
 from opt_core.resizing import resized_vocab_size
@@ -21,16 +19,17 @@ from opt_tf._keras import replace_layer
 from opt_tf.attention import DEFAULT_KERNEL, KERNELS
 from opt_tf.cache import KVCache
 from opt_tf.decoding_weights import prepare
+from opt_tf.export import write_saved_model
 from opt_tf.inputs import check_inputs, named_inputs
+from opt_tf.training import KerasModel
 from opt_tf.weights import assign, canonical_arrays, initialize, resized
 
 
-class TFOPTPreTrainedModel(keras.Model):
+class TFOPTPreTrainedModel(KerasModel):
     """The common part of the model classes."""
 
     architecture: ClassVar[str]
     base_model_prefix = "model"
-    compiled: bool  # Keras' own
 
     def __init__(
         self,
@@ -144,11 +143,7 @@ class TFOPTPreTrainedModel(keras.Model):
     def _replace(self, owner: keras.layers.Layer, name: str, layer: Any) -> None:
         """Puts another layer, or none, in a place; what was compiled still has the one before."""
         replace_layer(owner, name, layer)
-        self.programs.clear()
-        self.predict_function = None
-        if self.compiled:
-            self.compiled = False
-            self.optimizer = None
+        self._forget()
 
     @property
     def _decoder(self) -> Any:
@@ -248,6 +243,9 @@ class TFOPTPreTrainedModel(keras.Model):
         *,
         max_shard_size: int | str = "5GB",
         safe_serialization: bool = True,
+        saved_model: bool = False,
+        version: int = 1,
+        signatures: Any = None,
     ) -> None:
         """Writes config, generation config and canonical safetensors into `directory`.
 
@@ -255,6 +253,9 @@ class TFOPTPreTrainedModel(keras.Model):
             directory: made if need be.
             max_shard_size: bytes, or such as "5GB".
             safe_serialization: if False, tf_model.h5 is written instead of safetensors.
+            saved_model: writes a TensorFlow SavedModel too, into `saved_model/<version>`.
+            version: of that.
+            signatures: of that; by default "serving_default" of int32 ids and "int64_serving".
         """
         tensors = canonical_arrays(self, self.config, self.architecture)
         save_pretrained(
@@ -267,64 +268,6 @@ class TFOPTPreTrainedModel(keras.Model):
             max_shard_size=max_shard_size,
             safe_serialization=safe_serialization,
         )
-
-    def predictions_of(self, output: Any) -> Any:
-        """What a loss given to `compile` compares with the target."""
-        return output.logits
-
-    def loss_of(self, output: Any, target: Any) -> Tensor:
-        """The model's own loss."""
-        raise UnsupportedError(
-            f"{type(self).__name__} has no loss of its own: compile(loss=...) takes one."
-        )
-
-    def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
-    ) -> Tensor:
-        """The loss that `fit` minimises: the model's own, unless `compile` was given another.
-
-        Its labels stand among the inputs (`{"input_ids": ..., "labels": ...}`) or are the target.
-        Another loss gets the target and the logits as they are: nothing is shifted.
-        """
-        if self.loss is not None:
-            predictions = self.predictions_of(y_pred)
-            return super().compute_loss(x, y, predictions, sample_weight, training)
-        if sample_weight is not None:
-            raise UnsupportedError(
-                "sample_weight does not reach the model's own loss: set labels that do not count to "
-                f"{IGNORED_LABEL}, or give compile a loss."
-            )
-        if y is None and y_pred.get("loss") is None:
-            raise InputError(
-                "There are no labels to learn from: give them among the inputs, as "
-                '{"input_ids": ..., "labels": ...}, or as the target.'
-            )
-        loss = y_pred.loss if y is None else self.loss_of(y_pred, y)
-        # Each replica sees its share of the batch, and their gradients are added up.
-        return loss / tf.distribute.get_strategy().num_replicas_in_sync
-
-    def compute_metrics(
-        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
-    ) -> dict[str, Any]:
-        """The metrics given to `compile`, of the logits and the target, or the labels given as inputs."""
-        if y is None and isinstance(x, Mapping):
-            y = x.get("labels")
-        return super().compute_metrics(x, y, self.predictions_of(y_pred), sample_weight)
-
-    def get_config(self) -> dict[str, Any]:
-        """What a `.keras` file records of the model's making."""
-        return {
-            **keras.layers.Layer.get_config(self),
-            "config": self.config.to_dict(),
-            "attn_implementation": self.attn_implementation,
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
-        """The inverse of `get_config`."""
-        return cls(**{**config, "config": OPTConfig.from_dict(config["config"])})
+        if saved_model:
+            path = os.path.join(directory, "saved_model", str(version))
+            write_saved_model(self, path, signatures)

@@ -104,9 +104,11 @@ class TFOPTForSequenceClassification(TFOPTPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def loss_of(self, output: SequenceClassifierOutput, target: Tensor) -> Tensor:
+    def loss_of(
+        self, output: SequenceClassifierOutput, target: Tensor, sample_weight: Tensor | None = None
+    ) -> Tensor:
         problem = problem_type(self.config, keras.backend.standardize_dtype(target.dtype))
-        return classification_loss(output.logits, target, problem)
+        return classification_loss(output.logits, target, problem, sample_weight)
 
 
 @keras.saving.register_keras_serializable("opt_tf")
@@ -192,11 +194,19 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
     def predictions_of(self, output: QuestionAnsweringOutput) -> tuple[Tensor, Tensor]:
         return output.start_logits, output.end_logits
 
-    def loss_of(self, output: QuestionAnsweringOutput, target: Any) -> Tensor:
+    def labels_in(self, inputs: Any) -> tuple[Any, ...] | None:
+        """The pair (start, end), by the names of the two inputs."""
+        names = ("start_positions", "end_positions")
+        if not isinstance(inputs, Mapping) or any(inputs.get(name) is None for name in names):
+            return None
+        return tuple(inputs[name] for name in names)
+
+    def loss_of(
+        self, output: QuestionAnsweringOutput, target: Any, sample_weight: Tensor | None = None
+    ) -> Tensor:
         """Of a target that is a pair (start, end), or a dict of the two by the inputs' names."""
         if isinstance(target, Mapping):
-            names = ("start_positions", "end_positions")
-            target = tuple(target[name] for name in names if name in target)
+            target = self.labels_in(target)
         if not isinstance(target, list | tuple) or len(target) != 2:
             raise InputError(
                 "The target of a question is a pair (start_positions, end_positions) or a dict of "
@@ -204,7 +214,7 @@ class TFOPTForQuestionAnswering(TFOPTPreTrainedModel):
             )
         start, end = target
         check_span(tuple(start.shape), tuple(end.shape), output.start_logits.shape[0])
-        return span_loss(output.start_logits, output.end_logits, start, end)
+        return span_loss(output.start_logits, output.end_logits, start, end, sample_weight)
 
 
 def real_tokens(

@@ -15,6 +15,7 @@ from opt_core import InputError, OPTConfig, UnsupportedError
 from opt_core.dtypes import MODEL_DTYPES
 from opt_core.loading import Source
 from opt_core.params import EMBEDDING_NAME, Kind, Param, param_table
+from opt_tf.adapters import has_lora, lora_product
 from opt_tf.parts import FirstValue
 
 INITIAL_VALUES: Mapping[Kind, Callable[[tuple[int, ...], float], tf.Tensor]] = {
@@ -123,6 +124,15 @@ def canonical_arrays(
                 f"{param.name} is quantized ({layer.quantization_mode}), which no OPT checkpoint can "
                 "hold. Save before quantizing, or use model.save for a Keras file."
             )
-        variable = getattr(layer, leaf)
+        variable = next(v for v in layer.variables if v.name == leaf)
         dtype = MODEL_DTYPES[keras.backend.standardize_dtype(variable.dtype)]
-        yield param, dtype, partial(to_numpy, variable, param.transposed("tf"))
+        yield param, dtype, partial(_merged, layer, variable, param.transposed("tf"))
+
+
+def _merged(layer: keras.layers.Layer, variable: keras.Variable, transposed: bool) -> np.ndarray:
+    """A variable in canonical layout, with what LoRA adds to it; Keras' own sum is rounded."""
+    value = tf.convert_to_tensor(variable)
+    if has_lora(layer) and f"lora_{variable.name}_a" in {v.name for v in layer.variables}:
+        product = lora_product(layer, variable.name)
+        value = tf.cast(tf.cast(value, product.dtype) + product, value.dtype)
+    return to_numpy(value, transposed)

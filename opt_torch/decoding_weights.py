@@ -118,6 +118,11 @@ def prepare(model: nn.Module, batch_size: int, weights: str | None) -> None:
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     if weights == "int8":
+        if any(linear.weight.is_meta for linear in linears):
+            raise UnsupportedError(
+                "weights='int8': expected weights in memory, found some that lie on disk, or were never "
+                "loaded. Load the model without device_map."
+            )
         lay_out(linears, tables, Int8Weight)
     elif can_pack(linears) and packing_pays(linears, batch_size):
         lay_out(linears, tables, lambda weight: PackedWeight(weight, batch_size))

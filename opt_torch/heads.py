@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from opt_core import GenerationConfig, InputError, OPTConfig
+from opt_core import GenerationConfig, InputError, OPTConfig, UnsupportedError
 from opt_core.generation.transitions import transition_scores
+from opt_core.params import EMBEDDING_NAME, TIED_HEAD_NAME
 from opt_torch.generation.generate import generate
 from opt_torch.losses import causal_lm_loss
 from opt_torch.model import OPTModel
@@ -23,6 +24,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
     """OPT with a language modelling head, by default tied to the word embeddings."""
 
     architecture = "OPTForCausalLM"
+    _tied_weights_keys: ClassVar = {TIED_HEAD_NAME: EMBEDDING_NAME}  # PEFT warns of them
 
     def __init__(self, config: OPTConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
@@ -98,6 +100,21 @@ class OPTForCausalLM(OPTPreTrainedModel):
     ) -> Tensor | GenerateOutput:
         """Continues the prompts; see `opt_torch.generation.generate.generate`."""
         return generate(self, input_ids, generation_config, **options)
+
+    @property
+    def prepare_inputs_for_generation(self) -> Callable[..., dict[str, Any]]:
+        """What adapter libraries ask a language model for; `generate` has no need of it.
+
+        Setting it raises UnsupportedError: that is how prompts that were learnt would be put in.
+        """
+        return lambda input_ids, **inputs: {"input_ids": input_ids, **inputs}
+
+    @prepare_inputs_for_generation.setter
+    def prepare_inputs_for_generation(self, value: object) -> None:
+        raise UnsupportedError(
+            "generate() cannot put learnt prompts before its own (prompt tuning and the like). Give "
+            "them as inputs_embeds, or use an adapter that changes layers, such as LoRA."
+        )
 
     def compute_transition_scores(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opt_core.inputs import IGNORED_LABEL, check_ids, check_labels
 from opt_core.tasks import ProblemType, check_class_labels, check_classes
-from opt_torch.parts import at_least_float32, is_readable
+from opt_torch.parts import CrossEntropy, at_least_float32, is_readable
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -23,7 +23,8 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
         values = labels[labels != IGNORED_LABEL]
         if len(values):
             check_ids(int(values.min()), int(values.max()), logits.shape[-1], "labels")
-    return cross_entropy(logits[:, :-1], labels[:, 1:])
+    # The labels are shifted, not the logits: those are large.
+    return cross_entropy(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL))
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem: ProblemType) -> Tensor:
@@ -72,6 +73,8 @@ def span_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tens
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean over labels [...] that count, of logits [..., classes], in float32 at least."""
-    logits = logits.to(at_least_float32(logits.dtype)).flatten(0, -2)
-    labels = labels.to(logits.device).flatten().long()
+    logits, labels = logits.flatten(0, -2), labels.to(logits.device).flatten().long()
+    if is_readable(logits):
+        return CrossEntropy.apply(logits, labels)
+    logits = logits.to(at_least_float32(logits.dtype))
     return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL)

@@ -85,7 +85,9 @@ class OPTDecoder(nn.Module):
         if position_ids is not None and past is None:
             texts = packed_texts(position_ids)
         if position_ids is None:
-            position_ids = self._positions(attention_mask, length, past_length)
+            position_ids = self._positions(
+                attention_mask, length, past_length, inputs_embeds.device
+            )
         hidden_states = self._embed(inputs_embeds, position_ids)
         kernel = self._kernel(output_attentions, head_mask)
         bias, is_causal = self._bias(
@@ -184,12 +186,16 @@ class OPTDecoder(nn.Module):
         return bias, False
 
     def _positions(
-        self, attention_mask: Tensor | None, length: int, past_length: int | Tensor
+        self,
+        attention_mask: Tensor | None,
+        length: int,
+        past_length: int | Tensor,
+        device: torch.device,
     ) -> Tensor:
         """[B or 1, T]. Positions count a row's real tokens, so padding on the left shifts none."""
         if attention_mask is not None:
             return positions_from_mask(attention_mask, past_length, length)
-        return past_length + torch.arange(length, device=self.embed_positions.weight.device)[None]
+        return past_length + torch.arange(length, device=device)[None]
 
     def _kernel(self, output_attentions: bool, head_mask: Tensor | None) -> AttentionKernel:
         if (output_attentions or head_mask is not None) and self.attn_implementation != "eager":

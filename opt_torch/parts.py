@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+
+from opt_core.inputs import IGNORED_LABEL
 
 
 class DecodingWeight(Protocol):
@@ -72,6 +77,52 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         pass
+
+
+class CrossEntropy(Function):
+    """`F.cross_entropy` without copies of the logits beside their gradient: some rows at a time.
+
+    Logits are the largest tensors of a training. The plain operations make four more of their size, and
+    on a CPU new memory takes more time than what is computed in it.
+    """
+
+    rows = 64
+
+    @classmethod
+    def pieces(cls, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        return zip(*(x.split(cls.rows) for x in tensors), strict=True)
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        """[R, V] and [R], of which -100 does not count -> the mean, in float32 at least."""
+        counts = labels[:, None] != IGNORED_LABEL  # [R, 1]
+        classes = labels[:, None].where(counts, 0)
+        norms, scores = [], []
+        for part, chosen in CrossEntropy.pieces(logits, classes):
+            part = part.to(at_least_float32(part.dtype))
+            norms.append(part.logsumexp(-1, keepdim=True))
+            scores.append(part.gather(-1, chosen))
+        norm, score = torch.cat(norms), torch.cat(scores)  # [R, 1]
+        ctx.save_for_backward(logits, labels, norm)
+        return (norm - score).where(counts, 0).sum() / counts.sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, labels, norm = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient has one of its own
+            loss = F.cross_entropy(logits.to(norm.dtype), labels, ignore_index=IGNORED_LABEL)
+            return torch.autograd.grad(loss, logits, gradient, create_graph=True)[0], None
+        counts = labels[:, None] != IGNORED_LABEL  # [R, 1]
+        classes = labels[:, None].where(counts, 0)
+        factors = gradient / counts.sum() * counts
+        found = torch.empty_like(logits)
+        for part, chosen, shift, factor, result in CrossEntropy.pieces(
+            logits, classes, norm, factors, found
+        ):
+            weights = (part - shift).exp_()  # of the softmax
+            weights.scatter_add_(-1, chosen, torch.full_like(shift, -1))
+            result.copy_(weights.mul_(factor))
+        return found, None
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from opt_core import GenerationConfig, InputError, OPTConfig
+from opt_core import GenerationConfig, InputError, OPTConfig, UnsupportedError
 from opt_core.params import num_parameters, param_table
 from opt_core.pretrained import open_pretrained, save_pretrained
 from opt_core.resizing import resized_vocab_size
 from opt_torch.attention import DEFAULT_KERNEL, KERNELS
 from opt_torch.cache import KVCache
 from opt_torch.decoding_weights import prepare, restore
+from opt_torch.offload import Device, DeviceMap, MaxMemory, computing_device, place
 from opt_torch.weights import assign, canonical_arrays, initialize, resized
 
 
@@ -110,7 +112,7 @@ class OPTPreTrainedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.get_input_embeddings().weight.device
+        return computing_device(self.get_input_embeddings())
 
     @property
     def _decoder(self) -> Any:
@@ -121,11 +123,26 @@ class OPTPreTrainedModel(nn.Module):
     def is_gradient_checkpointing(self) -> bool:
         return self._decoder.gradient_checkpointing
 
-    def gradient_checkpointing_enable(self) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         """In training, computes each layer again for its gradients instead of keeping what it needs.
 
         Losses and gradients stay the same, memory falls to one layer's, and no cache is returned.
+
+        Args:
+            gradient_checkpointing_kwargs: None or {"use_reentrant": False}, which is how it is done.
+
+        Raises:
+            UnsupportedError: other options of `torch.utils.checkpoint`.
         """
+        if {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})} != {
+            "use_reentrant": False
+        }:
+            raise UnsupportedError(
+                "gradient_checkpointing_kwargs: expected None or {'use_reentrant': False}, found "
+                f"{gradient_checkpointing_kwargs!r}. With frozen weights too, nothing else is needed."
+            )
         self._decoder.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -177,6 +194,9 @@ class OPTPreTrainedModel(nn.Module):
         *,
         attn_implementation: str | None = None,
         output_loading_info: bool = False,
+        device_map: Device | DeviceMap | None = None,
+        max_memory: MaxMemory | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self | tuple[Self, dict[str, list[str]]]:
         """Loads a checkpoint from a directory or from the hub, in evaluation mode.
@@ -186,9 +206,16 @@ class OPTPreTrainedModel(nn.Module):
             attn_implementation: "sdpa" (the default) or "eager".
             output_loading_info: returns (model, report) instead of raising about missing or
                 unexpected tensors.
+            device_map: where the weights lie: "auto", "balanced", "balanced_low_0" or "sequential" let
+                accelerate choose, a device takes all, a dict names a device or "disk" for each
+                module. `hf_device_map` tells afterwards. See `opt_torch.offload.place`.
+            max_memory: bytes, or such as "2GB", by device, for accelerate to choose by.
+            offload_folder: for what belongs on disk, and the checkpoint does not hold as it is used.
             options: `dtype`, `config`, `ignore_mismatched_sizes`, hub options and configuration
                 overrides: see `opt_core.pretrained.open_pretrained`, which also lists the errors.
         """
+        if device_map is None and (max_memory is not None or offload_folder is not None):
+            raise InputError("max_memory, offload_folder: expected a device_map, found none.")
         with open_pretrained(
             name_or_path, cls.architecture, output_loading_info=output_loading_info, **options
         ) as pretrained:
@@ -196,7 +223,10 @@ class OPTPreTrainedModel(nn.Module):
             with torch.device("meta"):
                 model = cls(config, attn_implementation=attn_implementation)
             dtype = getattr(torch, pretrained.dtype)
-            assign(model, config, cls.architecture, pretrained.sources, dtype)
+            if device_map is None:
+                assign(model, config, cls.architecture, pretrained.sources, dtype)
+            else:
+                place(model, pretrained, device_map, max_memory, offload_folder)
         model.tie_weights()
         model.generation_config = pretrained.generation_config
         model.eval()

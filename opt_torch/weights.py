@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opt_core import OPTConfig
+from opt_core import OPTConfig, UnsupportedError
 from opt_core.loading import Source
 from opt_core.params import Kind, Param, param_table
 
@@ -59,14 +59,26 @@ def assign(
     are first touched, and copied when they are first written.
     """
     for param in param_table(config, arch):
-        module, leaf = find_parameter(model, param, arch)
-        if param.name in sources:
-            tensor = to_tensor(sources[param.name], dtype)
-        else:
-            tensor = torch.empty(param.shape, dtype=dtype, device="cpu")
-        module.register_parameter(leaf, nn.Parameter(tensor))
-    missing = tuple(p for p in param_table(config, arch) if p.name not in sources)
-    initialize(model, config, missing, arch)
+        assign_one(model, config, arch, param, sources.get(param.name), dtype)
+
+
+def assign_one(
+    model: nn.Module,
+    config: OPTConfig,
+    arch: str,
+    param: Param,
+    source: Source | None,
+    dtype: torch.dtype,
+) -> None:
+    """Replaces one parameter by the checkpoint's, or by initial values where there is none."""
+    module, leaf = find_parameter(model, param, arch)
+    if source is not None:
+        tensor = to_tensor(source, dtype)
+    else:
+        tensor = torch.empty(param.shape, dtype=dtype, device="cpu")
+    module.register_parameter(leaf, nn.Parameter(tensor))
+    if source is None:
+        initialize(model, config, (param,), arch)
 
 
 @torch.no_grad()
@@ -102,9 +114,23 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 def canonical_arrays(
     model: nn.Module, config: OPTConfig, arch: str
 ) -> Iterator[tuple[Param, np.dtype, Callable[[], np.ndarray]]]:
-    """Each row of the table, its dtype in the model, and a function that reads its values."""
+    """Each row of the table, its dtype in the model, and a function that reads its values.
+
+    Raises:
+        UnsupportedError: parameters without values in memory, or quantized.
+    """
     for param in param_table(config, arch):
         module, leaf = find_parameter(model, param, arch)
         tensor = module.get_parameter(leaf)
+        if tensor.is_meta:
+            raise UnsupportedError(
+                f"{param.name} has no values in memory: it lies on disk, or none were loaded. To save "
+                "the model, load it without device_map; opt-zoo convert needs little memory."
+            )
+        if type(tensor) is not nn.Parameter or not tensor.is_floating_point():
+            raise UnsupportedError(
+                f"{param.name}: expected plain numbers to save, found {type(tensor).__name__} of "
+                f"{tensor.dtype}: the model is quantized. Save the one that it was made from."
+            )
         dtype = to_numpy(torch.empty(0, dtype=tensor.dtype)).dtype
         yield param, dtype, partial(to_numpy, tensor)

@@ -52,6 +52,7 @@ DECODING = (
     "assisted",
     "constrained",
     "contrastive",
+    "decoding_example",
     "dola",
     "generate",
     "generate_edges",
@@ -60,7 +61,7 @@ DECODING = (
 )
 #: Those that must run as users' programs do; what is in none of the three is the rest.
 EXACT = ("activations", "golden", "gradients", "loops", "numerics", "processors")
-TRAINING = ("checkpointing", "dropout", "heads", "packing", "resizing")
+TRAINING = ("checkpointing", "dropout", "heads", "packing", "resizing", "training")
 #: Those whose cases are one program each, apart: a process can map only so many programs (Linux:
 #: vm.max_map_count), and XLA gives none of them back.
 ROW_BY_ROW = "tests/suite/test_strategies.py::test_each_row_alone"
@@ -76,9 +77,13 @@ ENVIRONMENT = {
     "TF_NUM_INTEROP_THREADS": "2",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-#: XLA's own passes all run, and LLVM optimises little: these tests take a third less. What computes
-#: logits, gradients, processors and the loops by themselves is tested as users run it.
-QUICKLY_COMPILED = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+#: XLA's own passes all run, but its older emitters write the code, in one piece, and LLVM optimises
+#: little: half the time to compile. What computes logits, gradients, processors and the loops by
+#: themselves is tested as users run it.
+QUICKLY_COMPILED = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,18 @@ def parts(slow: bool) -> dict[str, list[str]]:
             for backend in COMPILING
             for number, tests in enumerate(PROGRAMS)
         }
-        return {"neutral": [*pytest, "slow", *neutral], **programs}
+        longest = {
+            f"{backend}-slow": [
+                *pytest,
+                "slow",
+                "--backend",
+                backend,
+                "tests/suite",
+                f"tests/{backend}",
+            ]
+            for backend in BACKENDS
+        }
+        return {"neutral": [*pytest, "slow", *neutral], **longest, **programs}
     pytest.append("not (hub or gpu or oracle or slow)")
     commands = {
         "ruff": [*python, "ruff", "check", "."],

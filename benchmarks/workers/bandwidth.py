@@ -7,10 +7,10 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from serving import Contestant, Tokens, serve
+from serving import Decoder, Tokens, serve
 
 
-class Bandwidth(Contestant):
+class Bandwidth(Decoder):
     """A sum of integers, which numpy adds up as fast as they arrive; one part for each core."""
 
     modules = ("numpy",)

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from ctranslate2 import Generator
 from ctranslate2.converters import TransformersConverter
-from serving import Contestant, Tokens, serve
+from serving import Decoder, Tokens, serve
 
 
-class CTranslate2(Contestant):
+class CTranslate2(Decoder):
     """One generator on all cores; its vocabulary turns ids into the words that it takes."""
 
     modules = ("ctranslate2",)

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from serving import Contestant, Tokens, serve
+from serving import Decoder, Tokens, serve
 from transformers import FlaxOPTForCausalLM
 
 
-class TransformersFlax(Contestant):
+class TransformersFlax(Decoder):
     """`generate` as it comes: the loop is a `lax.while_loop`, what surrounds it is not compiled."""
 
     modules = ("transformers", "jax", "flax")

@@ -6,11 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 import tensorflow as tf
-from serving import Contestant, Tokens, serve
+from serving import Decoder, Tokens, serve
 from transformers import TFOPTForCausalLM
 
 
-class TransformersTF(Contestant):
+class TransformersTF(Decoder):
     """`generate` inside a `tf.function`, compiled by XLA or not; traced once for each shape."""
 
     modules = ("transformers", "tensorflow")

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import torch
-from serving import Contestant, Tokens, serve
+from serving import Decoder, Tokens, serve
 from transformers import OPTForCausalLM
 
 
-class TransformersTorch(Contestant):
+class TransformersTorch(Decoder):
     """`generate` as it comes: SDPA and a cache that grows."""
 
     modules = ("transformers", "torch")

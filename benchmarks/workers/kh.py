@@ -12,7 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 from keras_hub.models import OPTBackbone, OPTCausalLM
-from serving import Contestant, Tokens, serve
+from serving import Decoder, Tokens, serve
 
 #: Rows at the start of the checkpoint's position table that no token uses.
 OFFSET = 2
@@ -52,7 +52,7 @@ def part(layer: keras.layers.Layer, path: str) -> keras.layers.Layer:
     return layer
 
 
-class KerasHub(Contestant):
+class KerasHub(Decoder):
     """The greedy sampler; `generate` compiles itself where the backend does so."""
 
     modules = ("keras_hub", "keras")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from serving import Contestant, Tokens, serve
+from serving import Decoder, Tokens, serve
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # runs in a source tree, installed or not
 
@@ -22,7 +22,7 @@ MODULES = {
 }
 
 
-class Ours(Contestant):
+class Ours(Decoder):
     """One of the three backends, with its weights as loaded, prepared or rounded to eight bits."""
 
     def __init__(self, checkpoint: str, framework: str, weights: str) -> None:

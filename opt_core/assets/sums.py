@@ -33,21 +33,18 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 # As in OPT, where these are ids 0 to 3; only <pad> and </s> are special.
 _FIRST_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
-_PROMPT_WEIGHT = 0.05
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """All problems as rows `</s> prompt answer </s>`, padded on the right.
 
-    `input_ids` [P, T]; `labels` [P, T] are the same with -100 at pads, not shifted; `weights` [P, T]
-    belong to the label at the same place: 1 for the answer and the last `</s>`, little for the prompt, 0
-    for the first `</s>` and pads.
+    `input_ids` [P, T]; `labels` [P, T] are the same at the answer and the last `</s>`, not shifted, and
+    -100 elsewhere: a prompt is mostly chance, and nothing to learn.
     """
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
-    weights: NDArray[np.float32]
 
 
 def number_to_words(number: int) -> str:
@@ -136,13 +133,11 @@ def encode_problems(
     shape = (len(pairs), longest if length is None else length)
     input_ids = np.full(shape, tokenizer.pad_token_id, np.int64)
     labels = np.full(shape, -100, np.int64)
-    weights = np.zeros(shape, np.float32)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         start, stop = len(prompt), len(prompt) + len(answer)
-        input_ids[row, :stop] = labels[row, :stop] = prompt + answer
-        weights[row, 1:start] = _PROMPT_WEIGHT
-        weights[row, start:stop] = 1
-    return TrainingData(input_ids, labels, weights)
+        input_ids[row, :stop] = prompt + answer
+        labels[row, start:stop] = answer
+    return TrainingData(input_ids, labels)
 
 
 def accuracy(answers: Sequence[str], generated: Sequence[str]) -> float:

@@ -43,11 +43,12 @@ def run_model(
     With `layers`, the logits are those of DoLa.
     """
     sees = watch is not None and watch.sees_layers
-    output, logits = forward(module, params, sees, layers, last, tokens, arguments)
+    output, attentions, hidden_states = forward(
+        module, params, sees, layers, last, tokens, arguments
+    )
     if watch is not None and sees:
-        used = int(output.past_key_values.used)
-        watch.ran(output.attentions, output.hidden_states, used)
-    return StepOutput(logits, output.last_hidden_state, output.past_key_values)
+        watch.ran(attentions, hidden_states, int(output.cache.used))
+    return output
 
 
 @partial(jax.jit, static_argnames=("module", "sees", "layers", "last"))
@@ -59,24 +60,27 @@ def forward(
     last: bool,
     tokens: Array | None,
     arguments: Any,
-) -> tuple[Any, Array]:
-    """The base model's output and logits [B, 1 or T, V], compiled where nothing around it is."""
+) -> tuple[StepOutput, Any, Any]:
+    """A step's output, attentions and hidden states, compiled where nothing around it is."""
 
-    def run(bound: Any) -> tuple[Any, Array]:
-        output = bound.model(
+    def run(bound: Any) -> tuple[StepOutput, Any, Any]:
+        # The module is called as a whole, as whoever wrapped it (qwix, for one) expects.
+        output = bound(
             tokens,
+            last=last,
             use_cache=True,
             output_attentions=sees,
-            output_hidden_states=sees or bool(layers),
+            output_hidden_states=True,
             return_dict=True,
             **arguments,
         )
-        columns = slice(-1, None) if last else slice(None)
-        logits = bound.logits(output.last_hidden_state[:, columns])  # [B, 1 or T, V]
+        logits, hidden_states = output.logits, output.hidden_states
         if layers:
-            early = [output.hidden_states[layer][:, columns] for layer in layers]  # each [B, T, D]
+            columns = slice(-1, None) if last else slice(None)
+            early = [hidden_states[layer][:, columns] for layer in layers]  # each [B, T, D]
             logits = contrasted(logits, early_logits(bound, early))
-        return output, logits
+        step = StepOutput(logits, hidden_states[-1], output.past_key_values)
+        return step, output.attentions, hidden_states if sees else None
 
     return nn.apply(run, module)({"params": params})
 

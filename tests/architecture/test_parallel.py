@@ -22,8 +22,9 @@ from tests.architecture.definitions import (
 
 BUILD = "Keras makes variables in build, not in the constructor"
 GRAPH = "what a graph cannot tell while it is traced"
-SAVED = "Keras saves and rebuilds a model by its configuration"
+WEIGHTS = "Keras' fit takes weights of rows and labels"
 LINEN = "a Linen module holds no parameters; the class around it does"
+OFFLOAD = "accelerate places torch modules alone"
 STATE = "parameters live in the modules of torch alone"
 
 #: (backend, file, names) -> why only one of torch and that backend has them; patterns are allowed.
@@ -52,24 +53,23 @@ NAMES: dict[tuple[str, str, str], str] = {
     (
         "tf",
         "model.py *heads.py",
-        "*.loss_of *.predictions_of",
+        "*.loss_of *.predictions_of *.labels_in",
     ): "Keras' fit asks the model for its loss",
-    (
-        "tf",
-        "pretrained.py",
-        "*.loss_of *.predictions_of *.compute_loss *.compute_metrics",
-    ): "Keras' fit asks the model for its loss",
+    ("tf", "losses.py", "label_weights"): WEIGHTS,
     ("tf", "model.py", "OPTDecoder._check"): "checked in inputs.py, before Keras converts them",
+    ("tf", "model.py", "*.save_own_variables *.load_own_variables"): "Keras saves no seeds",
     ("tf", "model.py", "OPTDecoder._next_seed"): "dropout is stateless: right under recomputation",
     ("tf", "model.py", "OPTDecoder._keeps_layer"): GRAPH,
     ("tf", "model.py", "OPTDecoder._fit"): GRAPH,
+    ("*", "heads.py", "*.prepare_inputs_for_generation"): "PEFT adapts torch modules alone",
     ("*", "pretrained.py", "OPTPreTrainedModel._apply"): STATE,
     ("tf", "pretrained.py", "OPTPreTrainedModel.forward"): "TensorFlow's three ways to pass inputs",
     ("tf", "pretrained.py", "OPTPreTrainedModel.dummy_inputs"): "what a Keras model is exported on",
-    ("tf", "pretrained.py", "*.get_config *.from_config"): SAVED,
     ("tf", "pretrained.py", "*._replace"): "a built Keras model is unlocked to change its parts",
     ("tf", "pretrained.py", "*.dtype *.device"): "dtype is Keras' own; it places by itself",
     ("tf", "weights.py", "to_tensor from_numpy"): STATE,
+    ("tf", "weights.py", "_merged"): "Keras holds LoRA's factors beside the weights",
+    ("*", "weights.py", "assign_one"): OFFLOAD,
     ("*", "activations.py", "gelu"): "the framework's own default is the approximation",
     ("flax", "attention.py", "Dropout"): "a kernel is given its random numbers as a function",
     ("flax", "*heads.py", "OPTFor*.__init__ OPTFor*Module*"): LINEN,
@@ -96,9 +96,18 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "name": "a Keras layer must be told its name",
         "dtype": "a Keras layer must be told its dtype; torch converts a model later",
         "seed": "dropout is stateless",
+        "sample_weight": WEIGHTS,
+        "weights": WEIGHTS,
+        "saved_model": "TensorFlow has a format of programs",
+        "version": "of a SavedModel",
+        "signatures": "of a SavedModel",
         "attn_implementation": "handed on among Keras' own arguments",
         "training": "Keras' word for a mode that torch keeps in the module",
         "device": "TensorFlow places tensors by itself",
+        "device_map": OFFLOAD,
+        "max_memory": OFFLOAD,
+        "offload_folder": OFFLOAD,
+        "gradient_checkpointing_kwargs": "options of torch.utils.checkpoint",
     },
     "flax": {
         "config": LINEN,
@@ -107,6 +116,10 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "param_dtype": "and stores in another",
         "deterministic": "Linen's word for a mode that torch keeps in the module",
         "device": "jax places arrays by itself",
+        "device_map": OFFLOAD,
+        "max_memory": OFFLOAD,
+        "offload_folder": OFFLOAD,
+        "gradient_checkpointing_kwargs": "options of torch.utils.checkpoint",
         "model": LINEN,
         "module": LINEN,
         "params": LINEN,
@@ -137,11 +150,11 @@ TORCH = [
     if (file := path.relative_to(ROOT / "opt_torch").as_posix()) not in PARTS
 ]
 TWINS = [(backend, file) for backend in ("tf", "flax") for file in TORCH]
-#: A file of torch's own: the vendor's kernels.
-TORCH_ONLY = {"flash.py"}
+#: Files of torch's own: the vendor's kernels, and accelerate.
+TORCH_ONLY = {"flash.py", "offload.py"}
 #: Files of one backend for what the other frameworks have built in.
 OWN_FILES: dict[str, set[str]] = {
-    "tf": {"_keras.py", "inputs.py", *PARTS},
+    "tf": {"_keras.py", "adapters.py", "export.py", "inputs.py", "training.py", *PARTS},
     "flax": PARTS,
 }
 

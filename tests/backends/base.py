@@ -108,12 +108,20 @@ class Backend(ABC):
 
     @abstractmethod
     def forward(
-        self, model: Model, *, train: bool = False, seed: int = 0, **inputs: Any
+        self,
+        model: Model,
+        *,
+        train: bool = False,
+        seed: int = 0,
+        compiled: bool = False,
+        **inputs: Any,
     ) -> dict[str, Any]:
         """Calls the model with arrays, flags, and past_key_values as raw cache or numpy pairs.
 
         Args:
             train: in training mode, with dropout drawn from `seed`.
+            compiled: as one program, where each operation of a call is otherwise compiled by itself
+                (JAX, as under `jax.jit`); no values can be checked there. The others run as they are.
 
         Returns:
             What the model returned, by name: a numpy array, a list of them, or for
@@ -123,7 +131,13 @@ class Backend(ABC):
 
     @abstractmethod
     def gradients(
-        self, model: Model, *, train: bool = False, seed: int = 0, **inputs: Any
+        self,
+        model: Model,
+        *,
+        train: bool = False,
+        seed: int = 0,
+        compiled: bool = False,
+        **inputs: Any,
     ) -> dict[str, Array]:
         """The gradient of the loss by canonical name, in canonical layout; the rest as `forward`."""
 

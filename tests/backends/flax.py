@@ -76,19 +76,29 @@ class FlaxBackend(Backend):
         return canonical_shapes(param_table(config, architecture), "flax", architecture, leaves)
 
     def forward(
-        self, model: Any, *, train: bool = False, seed: int = 0, **inputs: Any
+        self,
+        model: Any,
+        *,
+        train: bool = False,
+        seed: int = 0,
+        compiled: bool = False,
+        **inputs: Any,
     ) -> dict[str, Any]:
         # As in the reference, a Flax model returns a cache by default only where one was given; the
         # suite's default is that of the configuration.
-        inputs = {"use_cache": model.config.use_cache, **inputs}
-        output = model(**inputs, train=train, dropout_rng=jax.random.key(seed))
-        return read_output(output, _numpy)
+        inputs = {"use_cache": model.config.use_cache, "train": train, **inputs}
+        return read_output(_run(call, compiled, model, inputs, seed), _numpy)
 
     def gradients(
-        self, model: Any, *, train: bool = False, seed: int = 0, **inputs: Any
+        self,
+        model: Any,
+        *,
+        train: bool = False,
+        seed: int = 0,
+        compiled: bool = False,
+        **inputs: Any,
     ) -> dict[str, Array]:
-        mode = {"train": train, "dropout_rng": jax.random.key(seed)}
-        tree = jax.grad(lambda p: model(**inputs, **mode, params=p).loss)(model.params)
+        tree = _run(gradients, compiled, model, {"train": train, **inputs}, seed)
         rows = canonical_arrays(tree, model.config, model.architecture)
         return {param.name: read() for param, _, read in rows}
 
@@ -174,6 +184,36 @@ class FlaxBackend(Backend):
 
     def _class(self, architecture: str) -> Any:
         return getattr(self.package, self.prefix + architecture)
+
+
+def call(params: Any, model: Any, flags: Any, seed: Any, arrays: Any) -> Any:
+    """A model's output with other parameters than its own."""
+    return model(**arrays, **flags, params=params, dropout_rng=jax.random.key(seed))
+
+
+def gradients(params: Any, *arguments: Any) -> Any:
+    """The gradient of the loss that `call` returns."""
+    return jax.grad(lambda params: call(params, *arguments).loss)(params)
+
+
+@partial(jax.jit, static_argnames=("function", "kind", "module", "flags"))
+def _compiled(
+    function: Any, params: Any, kind: Any, module: Any, flags: Any, seed: Any, arrays: Any
+) -> Any:
+    """One program for all models of a class and a configuration."""
+    model = kind(module.config, _do_init=False)
+    model.module = module
+    return function(params, model, dict(flags), seed, arrays)
+
+
+def _run(function: Any, compiled: bool, model: Any, inputs: dict[str, Any], seed: int) -> Any:
+    """`call` or `gradients`, for which inputs that are no arrays are constants."""
+    flags = {k: v for k, v in inputs.items() if v is None or isinstance(v, bool)}
+    arrays = {k: v for k, v in inputs.items() if k not in flags}
+    if not compiled:
+        return function(model.params, model, flags, seed, arrays)
+    constants = {"kind": type(model), "module": model.module, "flags": tuple(flags.items())}
+    return _compiled(function, model.params, **constants, seed=seed, arrays=arrays)
 
 
 def _numpy(value: Any) -> Any:

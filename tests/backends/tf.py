@@ -80,14 +80,26 @@ class TFBackend(Backend):
         return canonical_shapes(param_table(config, architecture), "tf", architecture, leaves)
 
     def forward(
-        self, model: Any, *, train: bool = False, seed: int = 0, **inputs: Any
+        self,
+        model: Any,
+        *,
+        train: bool = False,
+        seed: int = 0,
+        compiled: bool = False,
+        **inputs: Any,
     ) -> dict[str, Any]:
         _decoder(model).seed_generator.state.assign([seed, 0])
         output = model(**inputs, training=train)
         return read_output(output, _numpy)
 
     def gradients(
-        self, model: Any, *, train: bool = False, seed: int = 0, **inputs: Any
+        self,
+        model: Any,
+        *,
+        train: bool = False,
+        seed: int = 0,
+        compiled: bool = False,
+        **inputs: Any,
     ) -> dict[str, Array]:
         _decoder(model).seed_generator.state.assign([seed, 0])
         rows = param_table(model.config, model.architecture)

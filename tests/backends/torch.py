@@ -73,7 +73,13 @@ class TorchBackend(Backend):
         return canonical_shapes(param_table(config, architecture), "torch", architecture, leaves)
 
     def forward(
-        self, model: Any, *, train: bool = False, seed: int = 0, **inputs: Any
+        self,
+        model: Any,
+        *,
+        train: bool = False,
+        seed: int = 0,
+        compiled: bool = False,
+        **inputs: Any,
     ) -> dict[str, Any]:
         torch.manual_seed(seed)
         model.train(train)
@@ -85,7 +91,13 @@ class TorchBackend(Backend):
         return read_output(output, _numpy)
 
     def gradients(
-        self, model: Any, *, train: bool = False, seed: int = 0, **inputs: Any
+        self,
+        model: Any,
+        *,
+        train: bool = False,
+        seed: int = 0,
+        compiled: bool = False,
+        **inputs: Any,
     ) -> dict[str, Array]:
         torch.manual_seed(seed)
         model.train(train).zero_grad()

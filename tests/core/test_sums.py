@@ -90,14 +90,13 @@ def test_training_arrays() -> None:
     tokenizer = OPTTokenizer.from_pretrained(TINY_SUMS)
     pairs = [("one plus one is", " two"), ("forty-two minus ninety is", " minus forty-eight")]
     data = encode_problems(tokenizer, pairs, length=16)
-    assert data.input_ids.shape == data.labels.shape == data.weights.shape == (2, 16)
+    assert data.input_ids.shape == data.labels.shape == (2, 16)
     for row, (prompt, answer) in enumerate(pairs):
-        counted = data.input_ids[row][data.weights[row] == 1]
-        assert tokenizer.decode(counted) == f"{answer}</s>"
+        counted = data.labels[row] != -100
+        assert np.array_equal(data.labels[row][counted], data.input_ids[row][counted])
+        assert tokenizer.decode(data.labels[row][counted]) == f"{answer}</s>"
         real = data.input_ids[row] != tokenizer.pad_token_id
         assert tokenizer.decode(data.input_ids[row][real]) == f"</s>{prompt}{answer}</s>"
-        assert np.array_equal(data.labels[row], np.where(real, data.input_ids[row], -100))
-        assert data.weights[row][0] == 0 and not data.weights[row][~real].any()
     with pytest.raises(InputError, match="longest problem"):
         encode_problems(tokenizer, pairs, length=5)
 

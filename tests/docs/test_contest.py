@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver of `benchmarks/decode.py` with workers that have no model."""
+"""The drivers of `benchmarks/decode.py` and `benchmarks/train.py` with workers that have no model."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import decode_race
-from benchmarks.contest import LostError, Worker, agreement, race, ratio
-from benchmarks.decode_race import Pool, run_job
+from benchmarks import contest, train_report
+from benchmarks.contest import LostError, Pool, Program, Worker, agreement, race, ratio
+from benchmarks.decode_race import run_job
 from benchmarks.decode_report import report
-from benchmarks.decode_table import Program
+from benchmarks.train import run_column
+from benchmarks.train_table import COLUMNS, Column
 
 #: A contestant that counts on from a prompt's last token; "late" is wrong from its third token on.
 COUNTING = """
 import sys
 sys.path.insert(0, {serving!r})
 import numpy as np
-from serving import Contestant, serve
+from serving import Decoder, serve
 
-class Counting(Contestant):
+class Counting(Decoder):
     modules = ("numpy",)
 
     def __init__(self, checkpoint, kind="right"):
@@ -43,14 +44,32 @@ class Counting(Contestant):
 
 serve(Counting)
 """
+#: One that trains: its loss is the mean token, off by a factor, and larger with dropout.
+LEARNING = """
+import sys
+sys.path.insert(0, {serving!r})
+import numpy as np
+from serving import Trainer, serve
+
+class Learning(Trainer):
+    modules = ("numpy",)
+
+    def __init__(self, checkpoint, factor, dropout):
+        self.factor, self.dropout = float(factor), float(dropout)
+
+    def train(self, batches):
+        return float(np.mean(batches)) * self.factor * (1 + self.dropout)
+
+serve(Learning)
+"""
 
 
 @pytest.fixture
 def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    serving = str(decode_race.WORKERS)
+    serving = str(contest.WORKERS)
     (tmp_path / "counting.py").write_text(COUNTING.format(serving=serving))
-    monkeypatch.setattr(decode_race, "WORKERS", tmp_path)
-    monkeypatch.setattr(decode_race, "BANDWIDTH", Program("counting"))
+    (tmp_path / "learning.py").write_text(LEARNING.format(serving=serving))
+    monkeypatch.setattr(contest, "WORKERS", tmp_path)
     return tmp_path
 
 
@@ -65,6 +84,7 @@ def test_a_race_compares_tokens_before_times(workers: Path) -> None:
         "ours prepared": program("right"),
         "transformers": program("late"),
         "CTranslate2": program("broken"),
+        "bandwidth": program("right"),
     }
     checkpoint = workers / "opt-125m"
     with ExitStack() as stack:
@@ -79,6 +99,46 @@ def test_a_race_compares_tokens_before_times(workers: Path) -> None:
     assert "TOKENS DIFFER: transformers" in text and "3 of 64, margin 1e+00" in text
 
 
+def train(workers: Path, monkeypatch: pytest.MonkeyPatch, **factors: str) -> train_report.Race:
+    """A race of two rounds; names in `factors` have _ for a space."""
+    programs = {
+        name.replace("_", " "): Program("learning", (factor,), exact="rounded" not in name)
+        for name, factor in factors.items()
+    }
+    column = Column("Fake", programs, {"ours": 1e9, "ours rounded": 1e-9})
+    monkeypatch.setitem(COLUMNS, "fake", column)
+    return run_column("fake", workers / "opt-125m", workers, 2)
+
+
+def test_training_compares_losses_before_times(
+    workers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who computes something else is not timed; who rounds may differ more; errors are stated."""
+    factors = {"ours": "1.00001", "ours_other": "1.001", "ours_rounded": "1.001"}
+    factors |= {"ours_rounded_much": "nan", "transformers": "1", "transformers_graph": "one"}
+    found = train(workers, monkeypatch, **factors)
+    assert found.differing == ["ours other", "ours rounded much"]
+    timed = [name for name, entry in found.entries.items() if entry.seconds]
+    assert timed == ["ours", "ours rounded", "transformers"]
+    assert all(len(found.entries[name].seconds) == 2 for name in timed)
+    assert all(found.entries[name].peak > 1e6 for name in timed)
+    assert found.entries["ours"].error == pytest.approx(1e-5)
+    assert found.absent == {
+        "transformers graph": "ValueError: could not convert string to float: 'one'"
+    }
+    text = train_report.report(found)
+    assert "LOSSES DIFFER: ours other" in text and "LOSSES DIFFER: ours rounded much" in text
+    assert " of 1e+09, missed | " in text and " of 1e-09 | " in text
+
+
+def test_training_without_a_peer_has_no_ratio(
+    workers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = train(workers, monkeypatch, ours="1", transformers="one")
+    assert found.differing == [] and found.to_peer("ours") is None
+    assert found.entries["ours"].error is None and len(found.entries["ours"].seconds) == 2
+
+
 def test_a_worker_that_ends_is_lost(workers: Path) -> None:
     command = [sys.executable, str(workers / "counting.py"), "-"]
     with Worker(command, {}, workers / "log") as worker:
@@ -91,7 +151,7 @@ def test_rounds_alternate(workers: Path) -> None:
     with ExitStack() as stack:
         command = [sys.executable, str(workers / "counting.py"), "-"]
         two = {n: stack.enter_context(Worker(command, {}, workers / n)) for n in "ab"}
-        seconds = race(two, 3, two.values(), prompts=[[5]], new_tokens=2)
+        seconds = race(two, 3, two.values(), "generate", prompts=[[5]], new_tokens=2)
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
 
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from benchmarks import train_report, train_table
 from benchmarks.decode_report import races_of
 from benchmarks.decode_table import COLUMNS, JOBS, SIZES
 from docs.make_performance import PAGES, RESULTS, pages
@@ -26,3 +27,12 @@ def test_all_races_are_recorded() -> None:
 def test_no_exact_contestant_had_other_tokens() -> None:
     races = races_of(json.loads((RESULTS / "decode.json").read_text()))
     assert not [race.differing for race in races if race.differing]
+
+
+def test_all_trainings_are_recorded_and_none_differs() -> None:
+    races = train_report.races_of(json.loads((RESULTS / "train.json").read_text()))
+    assert [race.column for race in races] == [*train_table.COLUMNS]
+    assert not [race.differing for race in races if race.differing]
+    for race in races:
+        timed = {name for name, entry in race.entries.items() if entry.seconds}
+        assert timed == {*train_table.COLUMNS[race.column].contestants}

@@ -16,7 +16,7 @@ from opt_flax.attention import KERNELS
 from opt_flax.generation.generate import compiled_run
 from tests.cases import GOLDEN
 
-CASES = ("post_norm", "untied_gelu")
+CASES = ("post_norm", pytest.param("untied_gelu", marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -52,14 +52,16 @@ def test_a_compiled_call_returns_its_output_object(model, ids):
     assert isinstance(output.past_key_values, KVCache) and output.past_key_values.length is None
 
 
+@one_model
 def test_vmap_over_batches(model, ids):
-    found = jax.vmap(lambda i: model(i).logits)(ids[:, None])
+    found = jax.jit(jax.vmap(lambda i: model(i).logits))(ids[:, None])
     close(found[:, 0], model(ids).logits)
 
 
+@one_model
 def test_vmap_over_parameters(model, ids):
     both = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), model.params)
-    found = jax.vmap(lambda p: model(ids, params=p).logits)(both)
+    found = jax.jit(jax.vmap(lambda p: model(ids, params=p).logits))(both)
     close(found[0], model(ids).logits)
     close(found[1], model(ids, params=jax.tree.map(lambda x: 2 * x, model.params)).logits)
 

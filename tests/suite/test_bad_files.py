@@ -105,7 +105,7 @@ def test_no_such_directory(backend: Backend, tmp_path: Path) -> None:
         backend.load(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("how", ["offline", "unreachable"])
+@pytest.mark.parametrize("how", ["unreachable", pytest.param("offline", marks=pytest.mark.slow)])
 def test_no_network(backend: Backend, tmp_path: Path, how: str) -> None:
     """A name that is neither cached nor reachable: an error that says so, soon."""
     environment = {

@@ -51,7 +51,7 @@ def test_a_growing_cache(backend: Backend, models: Any, cuts: list[int], mask: A
     model, found, past = models("post_norm"), [], None
     for start, stop in itertools.pairwise(cuts):
         step = {"input_ids": IDS[:, start:stop], "attention_mask": mask[:, :stop]}
-        output = backend.forward(model, **step, past_key_values=past, use_cache=True)
+        output = backend.forward(model, **step, past_key_values=past, use_cache=True, compiled=True)
         found.append(output["logits"])
         past = output["raw"]["past_key_values"]
         assert [key.shape[2] for key, value in output["past_key_values"]] == [stop] * len(past)
@@ -70,7 +70,7 @@ def test_a_fixed_cache(
     for start, stop in itertools.pairwise(cuts):
         given_mask = padded if whole_mask else mask[:, :stop]
         step = {"input_ids": IDS[:, start:stop], "attention_mask": given_mask}
-        output = backend.forward(model, **step, past_key_values=past, use_cache=True)
+        output = backend.forward(model, **step, past_key_values=past, use_cache=True, compiled=True)
         found.append(output["logits"])
         past = output["raw"]["past_key_values"]
     check(backend, "pre_norm", found, mask)
@@ -83,7 +83,7 @@ def test_without_a_mask(backend: Backend, models: Any, fixed: bool) -> None:
     for start, stop in ((0, 2), (2, 5), (5, 6)):
         ids = IDS[:, start:stop]
         output = backend.forward(
-            models("pre_norm"), input_ids=ids, past_key_values=past, use_cache=True
+            models("pre_norm"), input_ids=ids, past_key_values=past, use_cache=True, compiled=True
         )
         found.append(output["logits"])
         past = output["raw"]["past_key_values"]

@@ -40,9 +40,14 @@ def assert_same(found: dict[str, Array], expected: dict[str, Array]) -> None:
 def test_losses_and_gradients_stay(backend: Backend) -> None:
     model = load(backend)
     options = {**BATCH, "labels": LABELS, "use_cache": False, "train": True, "seed": 7}
-    loss, gradients = backend.forward(model, **options)["loss"], backend.gradients(model, **options)
+    loss, gradients = (
+        backend.forward(model, **options, compiled=True)["loss"],
+        backend.gradients(model, **options),
+    )
     model.gradient_checkpointing_enable()
-    assert backend.forward(model, **options)["loss"] == pytest.approx(float(loss), rel=1e-6)
+    assert backend.forward(model, **options, compiled=True)["loss"] == pytest.approx(
+        float(loss), rel=1e-6
+    )
     assert_same(backend.gradients(model, **options), gradients)
     other = backend.gradients(model, **{**options, "seed": 8})
     assert np.abs(other["model.decoder.layers.0.fc1.weight"]).max() > 0
@@ -67,9 +72,9 @@ def test_what_else_is_shown_stays(backend: Backend) -> None:
     model = load(backend)
     flags = {"output_hidden_states": True, "output_attentions": True, "use_cache": False}
     options = {**BATCH, **flags, "train": True, "seed": 3}
-    expected = backend.forward(model, **options)
+    expected = backend.forward(model, **options, compiled=True)
     model.gradient_checkpointing_enable()
-    found = backend.forward(model, **options)
+    found = backend.forward(model, **options, compiled=True)
     assert [*found] == [*expected]
     for name in ("hidden_states", "attentions"):
         for index, (a, b) in enumerate(zip(found[name], expected[name], strict=True)):
@@ -83,7 +88,7 @@ def test_a_cache_is_dropped_and_the_user_told_once(
     monkeypatch.setattr(module, "_told", set())
     model = load(backend)
     options = {**BATCH, "train": True, "seed": 3}
-    expected = backend.forward(model, **options, use_cache=False)["logits"]
+    expected = backend.forward(model, **options, use_cache=False, compiled=True)["logits"]
     model.gradient_checkpointing_enable()
     with pytest.warns(UserWarning, match="use_cache=True has no effect") as told:
         found = [backend.forward(model, **options, use_cache=True) for _ in range(2)]
@@ -96,13 +101,13 @@ def test_a_cache_is_dropped_and_the_user_told_once(
 def test_evaluation_stays(backend: Backend) -> None:
     """With its cache, growing or fixed."""
     model = load(backend)
-    expected = backend.forward(model, **BATCH)
+    expected = backend.forward(model, **BATCH, compiled=True)
     model.gradient_checkpointing_enable()
-    found = backend.forward(model, **BATCH)
+    found = backend.forward(model, **BATCH, compiled=True)
     assert_close(found["logits"], expected["logits"], "logits", tolerance=1e-6)
     assert len(found["past_key_values"]) == len(expected["past_key_values"]) == 3
     cache = backend.init_cache(model, 3, 8)
-    fixed = backend.forward(model, input_ids=IDS, past_key_values=cache)
+    fixed = backend.forward(model, input_ids=IDS, past_key_values=cache, compiled=True)
     assert fixed["raw"]["past_key_values"].used == 5
 
 

@@ -58,7 +58,7 @@ def added(
     backend: Backend, model: Any, *, ids: Array = IDS, train: bool = True, seed: int = 0
 ) -> Array:
     """What each layer adds to its input: [layers, B, T, D]."""
-    flags = {"train": train, "output_hidden_states": True, "use_cache": False}
+    flags = {"train": train, "output_hidden_states": True, "use_cache": False, "compiled": True}
     output = backend.forward(model, input_ids=ids, seed=seed, **flags)
     return np.diff(np.stack(output["hidden_states"]), axis=0)
 

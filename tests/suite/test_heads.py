@@ -97,7 +97,7 @@ def test_gradients_of_classification(backend: Backend, heads: Any, problem: str)
     labels = arrays(name)[f"classification/{problem}/labels"].astype(
         np.int64 if "single" in problem else np.float32
     )
-    found = backend.gradients(model, **batch_of(name, start), labels=labels)
+    found = backend.gradients(model, **batch_of(name, start), labels=labels, compiled=True)
     for parameter in ("score.weight", "model.decoder.layers.0.fc1.weight"):
         near(found[parameter], arrays(name)[f"{start}/gradient/{parameter}"])
 
@@ -141,7 +141,8 @@ def test_gradients_of_answers(backend: Backend, heads: Any, span: str) -> None:
     name, start = "pre_norm", "questions/right"
     golden = arrays(name)
     ends = dict(zip(("start_positions", "end_positions"), golden[f"spans/{span}"], strict=True))
-    found = backend.gradients(heads(name, QUESTIONS), **batch_of(name, start), **ends)
+    inputs = {**batch_of(name, start), **ends}
+    found = backend.gradients(heads(name, QUESTIONS), **inputs, compiled=True)
     for parameter in ("qa_outputs.weight", "qa_outputs.bias", "model.decoder.layers.0.fc1.weight"):
         near(found[parameter], golden[f"{start}/gradient/{span}/{parameter}"])
 

@@ -92,7 +92,7 @@ def test_a_base_model_is_initialised_too(backend: Backend) -> None:
 
 
 def logits(backend: Backend, model: Any, **options: Any) -> Array:
-    found: Array = backend.forward(model, input_ids=IDS, **options)["logits"]
+    found: Array = backend.forward(model, input_ids=IDS, **options, compiled=True)["logits"]
     return found
 
 
@@ -119,7 +119,8 @@ def test_dropout_scales_what_stays(backend: Backend, which: str) -> None:
     model = backend.create(CONFIG.replace(**changes, **rates))
 
     def added(**options: Any) -> Array:
-        found = backend.forward(model, input_ids=IDS, output_hidden_states=True, **options)
+        flags = {"output_hidden_states": True, "compiled": True}
+        found = backend.forward(model, input_ids=IDS, **flags, **options)
         return found["hidden_states"][1] - found["hidden_states"][0]
 
     plain = added()
@@ -153,7 +154,7 @@ def test_some_layers_dropped(backend: Backend) -> None:
     patterns = set()
     for seed in range(40):
         found = backend.forward(
-            model, input_ids=IDS, train=True, seed=seed, output_hidden_states=True
+            model, input_ids=IDS, train=True, seed=seed, output_hidden_states=True, compiled=True
         )
         hidden = found["hidden_states"]
         patterns.add(tuple(np.array_equal(*pair) for pair in itertools.pairwise(hidden)))

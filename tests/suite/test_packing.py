@@ -62,7 +62,7 @@ def test_each_text_as_if_it_were_alone(
     if rows is FULL:
         del batch["attention_mask"]
     for kernel in backend.kernels:
-        found = backend.forward(models(name, attn_implementation=kernel), **batch)
+        found = backend.forward(models(name, attn_implementation=kernel), **batch, compiled=True)
         for (row, columns), alone in zip(texts(rows), expected, strict=True):
             what = f"{kernel}, row {row}, {columns}"
             assert_close(found["logits"][row, columns], alone["logits"][0], what)
@@ -78,7 +78,9 @@ def test_gradients_as_from_rows_of_their_own(backend: Backend, models: Any) -> N
             array[index, : columns.stop - columns.start] = batch[key][row, columns]
     for kernel in backend.kernels:
         model = models("pre_norm", attn_implementation=kernel)
-        expected, found = (backend.gradients(model, **each) for each in (apart, batch))
+        expected, found = (
+            backend.gradients(model, **each, compiled=True) for each in (apart, batch)
+        )
         for parameter, gradient in found.items():
             if "k_proj.bias" not in parameter:  # zero, but for rounding
                 assert_close(gradient, expected[parameter], f"{kernel}, {parameter}")
@@ -88,7 +90,9 @@ def test_one_row_of_positions_serves_all(backend: Backend, models: Any) -> None:
     batch = packed(case("pre_norm").config, ((4, 5),) * 5)
     one = {**batch, "position_ids": batch["position_ids"][:1]}
     model = models("pre_norm")
-    expected, found = (backend.forward(model, **each)["logits"] for each in (batch, one))
+    expected, found = (
+        backend.forward(model, **each, compiled=True)["logits"] for each in (batch, one)
+    )
     assert_close(found, expected, "logits", tolerance=1e-6)
 
 

@@ -115,7 +115,8 @@ def test_new_tokens_are_generated_and_learned(backend: Backend, name: str) -> No
     found = backend.generate(model, new, **options)
     logits = backend.forward(model, input_ids=found)["logits"][0]
     assert np.array_equal(logits[2:-1].argmax(axis=-1), found[0, 3:])
-    gradients = rows_of(backend.gradients(model, input_ids=new, labels=np.array([[7, 5, 128]])))
+    batch = {"input_ids": new, "labels": np.array([[7, 5, 128]])}
+    gradients = rows_of(backend.gradients(model, **batch, compiled=True))
     for parameter, gradient in gradients.items():
         assert gradient.shape[0] == 130
         moved = (gradient != 0).any(axis=-1)

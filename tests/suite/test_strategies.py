@@ -13,7 +13,8 @@ import pytest
 
 from opt_core import InputError
 from tests.backends.base import Array, Backend
-from tests.cases import GOLDEN, case
+from tests.cases import GOLDEN, Case, case
+from tests.reference.model import forward
 from tests.reference.processors import log_softmax
 
 MODELS = ("pre_norm", "post_norm")
@@ -262,13 +263,18 @@ def test_no_prompt_is_the_beginning_of_a_text(backend: Backend, models: Any, set
     assert found.tolist() == [[2, *row] for row in golden.expected()]
 
 
+def logits(golden: Case, tokens: list[int]) -> Array:
+    """[V] of the next token, by the float64 specification."""
+    return forward(golden.config, golden.weights, np.array([tokens]))["logits"][0, -1]
+
+
 def test_a_negative_prompt_may_be_longer_than_the_prompt(backend: Backend, models: Any) -> None:
     """arXiv:2306.17806, equation 8, step by step."""
-    model, scale = models(MODELS[0]), 1.5
+    golden, scale = case(MODELS[0]), 1.5
     prompts, negatives = np.array([[PAD, 40], [52, 7]]), np.array([[21, 64, 9, 35, 77, 60, 18]] * 2)
     found = new_tokens(
         backend,
-        model,
+        models(MODELS[0]),
         2,
         input_ids=prompts,
         negative_prompt_ids=negatives,
@@ -280,10 +286,7 @@ def test_a_negative_prompt_may_be_longer_than_the_prompt(backend: Backend, model
         tokens: list[int] = []
         for _ in range(6):
             given, other = (
-                log_softmax(
-                    backend.forward(model, input_ids=np.array([[*start, *tokens]]))["logits"][0, -1]
-                )
-                for start in (prompt, negatives[row])
+                log_softmax(logits(golden, [*start, *tokens])) for start in (prompt, negatives[row])
             )
             tokens.append(int((other + scale * (given - other)).argmax()))
         assert found[row] == tokens

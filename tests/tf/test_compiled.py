@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from opt_core import OPTConfig
 from opt_core.generation.plan import BUCKET
-from opt_tf import KVCache, TFOPTForCausalLM
+from opt_tf import KVCache
+from tests.tf.tiny import CONFIG, TASK, tiny
 from tests.tolerances import assert_close
 
+ROOMY = CONFIG.replace(max_position_embeddings=40)
 jits = pytest.mark.parametrize("jit_compile", [False, True])
 STRATEGIES = {
     "greedy": {},
@@ -96,17 +97,8 @@ def test_unknown_shapes(model, inputs, logits, real, jit_compile):
 
 @jits
 def test_dropout_and_layerdrop_differ_from_call_to_call(jit_compile):
-    config = OPTConfig(
-        vocab_size=31,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        ffn_dim=32,
-        layerdrop=0.5,
-        dropout=0.3,
-        attention_dropout=0.2,
-    )
-    model = TFOPTForCausalLM(config)
+    rates = {"layerdrop": 0.5, "dropout": 0.3, "attention_dropout": 0.2}
+    model = tiny(config=CONFIG.replace(num_hidden_layers=3, **rates))
     compiled = tf.function(lambda ids: model(ids, training=True).logits, jit_compile=jit_compile)
     ids = tf.constant([[5, 6, 7, 8]])
     first, second = compiled(ids), compiled(ids)
@@ -114,10 +106,12 @@ def test_dropout_and_layerdrop_differ_from_call_to_call(jit_compile):
     assert not np.array_equal(first, second)
 
 
-def test_gradients_in_eager_graph_and_xla(model, inputs):
+def test_gradients_in_eager_graph_and_xla():
+    model = tiny()
+
     def gradients():
         with tf.GradientTape() as tape:
-            loss = model(inputs).loss
+            loss = model(TASK).loss
         return [tf.convert_to_tensor(g) for g in tape.gradient(loss, model.trainable_weights)]
 
     eager = gradients()
@@ -135,8 +129,9 @@ def traces(model):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_lengths_and_paddings_share_a_compilation(model, strategy):
+def test_lengths_and_paddings_share_a_compilation(strategy):
     """Prompt lengths and numbers of new tokens in the same buckets, padded on either side or not."""
+    model = tiny(config=ROOMY)
     options = {**STRATEGIES[strategy], "eos_token_id": None}
     row = list(range(3, 13))
     for length, count, left, right in ((2, 3, 0, 0), (5, 3, 1, 0), (9, 4, 0, 1), (9, 17, 0, 0)):
@@ -145,8 +140,9 @@ def test_lengths_and_paddings_share_a_compilation(model, strategy):
     assert traces(model) == [1]
 
 
-def test_steps_that_someone_watches_share_two_compilations(model):
+def test_steps_that_someone_watches_share_two_compilations():
     """One of the prompts, one of a token; where the loop runs on the host."""
+    model = tiny(config=ROOMY)
     for length, count in ((2, 3), (5, 4)):
         ids = [list(range(3, 3 + length))]
         options = {"stopping_criteria": [lambda tokens, scores: False], "eos_token_id": None}
@@ -154,11 +150,10 @@ def test_steps_that_someone_watches_share_two_compilations(model):
     assert sum(traces(model)) == 2
 
 
-def test_prompts_longer_than_the_room_for_their_bucket(golden):
+def test_prompts_longer_than_the_room_for_their_bucket():
     """A prompt may fill the position table up to the last new token."""
-    config = golden.config
-    size = config.max_position_embeddings
+    size = ROOMY.max_position_embeddings
     assert size % BUCKET, "the bucket would fit"
-    model = TFOPTForCausalLM.from_pretrained(golden.folder)
-    ids = np.arange(size - 1)[None] % 90 + 3
+    model = tiny(config=ROOMY)
+    ids = np.arange(size - 1)[None] % 50 + 3
     assert model.generate(ids, max_new_tokens=2, eos_token_id=None).shape == (1, size + 1)

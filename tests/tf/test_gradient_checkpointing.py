@@ -81,7 +81,9 @@ def test_gradients_are_the_same(mode):
     assert sum(np.abs(x).max() > 0 for x in plain) > 20
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "policy", ["mixed_float16", pytest.param("mixed_bfloat16", marks=pytest.mark.slow)]
+)
 def test_mixed_precision(policy):
     model = TFOPTForCausalLM(CONFIG, dtype=policy)
     plain, again = with_and_without(model, "graph", attention_mask=MASK)
@@ -89,7 +91,10 @@ def test_mixed_precision(policy):
         np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{"jit_compile": True}, {"run_eagerly": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{"run_eagerly": True}, pytest.param({"jit_compile": True}, marks=pytest.mark.slow)],
+)
 def test_fit(options):
     weights = []
     for checkpointing in (False, True):

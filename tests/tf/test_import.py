@@ -24,11 +24,8 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_environment_is_left_as_it_was() -> None:
-    assert python(f"import opt_tf; {SHOW}").stdout.split() == ["tensorflow", "None"]
-
-
 def test_a_configuration_file_does_not_matter(tmp_path: Path) -> None:
+    """And the environment is left as it was."""
     (tmp_path / "keras.json").write_text('{"backend": "jax"}')
     done = python(f"import opt_tf; {SHOW}", KERAS_HOME=str(tmp_path))
     assert done.stdout.split() == ["tensorflow", "None"], done.stderr

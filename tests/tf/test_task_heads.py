@@ -81,13 +81,18 @@ def test_a_reader_s_own_loss(where):
     assert model.evaluate(x, y, batch_size=12, verbose=0) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize(
-    ("make", "inputs"),
-    [(classifier, {"input_ids": IDS, "labels": CLASSES}), (reader, {"input_ids": IDS, **SPAN})],
-    ids=["classifier", "reader"],
+    ("make", "jit_compile"),
+    [
+        (classifier, False),
+        (reader, True),
+        pytest.param(classifier, True, marks=pytest.mark.slow),
+        pytest.param(reader, False, marks=pytest.mark.slow),
+    ],
 )
-def test_both_learn(make, inputs, jit_compile):
+def test_both_learn(make, jit_compile):
+    labels = {"labels": CLASSES} if make is classifier else SPAN
+    inputs = {"input_ids": IDS, **labels}
     losses = make(jit_compile=jit_compile).fit(inputs, epochs=10, verbose=0).history["loss"]
     assert losses[-1] < 0.7 * losses[0]
 
@@ -207,19 +212,3 @@ def test_keras_files_round_trip(tmp_path, make, target):
         each.fit(IDS, target, batch_size=12, verbose=0)
     for expected, found in zip(model.get_weights(), loaded.get_weights(), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("make", [classifier, reader])
-def test_export_to_a_saved_model(tmp_path, make):
-    """A SavedModel holds no caches."""
-    model = make(config=CONFIG.replace(use_cache=False))
-    names = ("input_ids", "attention_mask")
-    signature = [dict.fromkeys(names, keras.InputSpec(shape=(None, None), dtype="int32"))]
-    model.export(tmp_path / "saved", input_signature=signature, verbose=False)
-    given = {"input_ids": tf.constant(IDS), "attention_mask": tf.ones_like(IDS)}
-    loaded = tf.saved_model.load(tmp_path / "saved")
-    found = loaded.serve(given)
-    expected = model(**given)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
