@@ -14,13 +14,13 @@ from opt_core.assets.sums import TrainingData, encode_problems, problems, train_
 from opt_core.tokenizer import OPTTokenizer
 
 PLAN = {
-    "steps": 1800,
+    "steps": 2000,
     "save_every": 100,
     "batch_size": 256,
     "learning_rate": 3e-3,
     "output": Path("my-sums"),
 }
-WEIGHT_DECAY = 0.3  # much, or the model knows by heart what it was shown, and no more
+WEIGHT_DECAY = 0.5  # much, or the model knows by heart what it was shown, and no more
 
 
 def tokenizer_and_data() -> tuple[OPTTokenizer, TrainingData, TrainingData]:

@@ -24,11 +24,11 @@ BACKENDS = ("torch", "tf", "flax")
 COMPILING = ("tf", "flax")
 LONGEST_FIRST = (
     "neutral",
-    "flax-rest",
     "tf-rest",
-    "flax-decoding",
-    "tf-decoding",
+    "flax-rest",
     "flax",
+    "tf-decoding",
+    "flax-decoding",
     "flax-training",
     "torch",
     "tf",
@@ -61,7 +61,7 @@ DECODING = (
 )
 #: Those that must run as users' programs do; what is in none of the three is the rest.
 EXACT = ("activations", "golden", "gradients", "loops", "numerics", "processors")
-TRAINING = ("checkpointing", "dropout", "heads", "packing", "resizing", "training")
+TRAINING = ("checkpointing", "dropout", "heads", "finetuning", "packing", "resizing", "training")
 #: Those whose cases are one program each, apart: a process can map only so many programs (Linux:
 #: vm.max_map_count), and XLA gives none of them back.
 ROW_BY_ROW = "tests/suite/test_strategies.py::test_each_row_alone"

@@ -18,7 +18,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:attn_implementation=")
 every_case = pytest.mark.parametrize("name", CASES)
 #: Sizes, norms and projections in all ways: enough where no layer's arithmetic is in question.
 few_cases = pytest.mark.parametrize(
-    "name", ["pre_norm", "post_norm", "untied_gelu", "no_affine", "gelu_new_odd"]
+    "name",
+    [
+        "pre_norm",
+        "post_norm",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("untied_gelu", "no_affine", "gelu_new_odd")
+        ),
+    ],
 )
 
 
