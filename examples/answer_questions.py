@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs in a source tree, installed or not
 
-from examples.from_scratch_torch import Trainer, learn
+from examples.from_scratch_torch import Trainer
 from examples.json_lines import train_and_held_out
 from examples.questions import (
     Question,
@@ -31,7 +31,7 @@ from examples.questions import (
     judge,
     read_questions,
 )
-from examples.training import argument_parser
+from examples.training import argument_parser, learn
 from opt_core.assets import TINY_SUMS
 from opt_torch import OPTForQuestionAnswering, OPTTokenizer
 

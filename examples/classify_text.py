@@ -18,10 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs in a source tree, installed or not
 
-from examples.from_scratch_torch import Trainer, learn
+from examples.from_scratch_torch import Trainer
 from examples.json_lines import train_and_held_out
 from examples.sentences import SentenceRows, encode, generate, label_ids, read_sentences
-from examples.training import Array, argument_parser
+from examples.training import Array, argument_parser, learn
 from opt_core.assets import TINY_SUMS
 from opt_core.tasks import ProblemType
 from opt_torch import OPTForSequenceClassification, OPTTokenizer

@@ -29,11 +29,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs in a source tree, installed or not
 
 from examples.finetuning import measured, train_and_held_out
-from examples.from_scratch_flax import learn
 from examples.training import (
     LARGEST_NORM,
     Array,
     argument_parser,
+    learn,
     parts_of,
     warmup,
     write_beside,

@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = OPTTokenizer.from_pretrained(options.model)
     train, held_out = train_and_held_out(options, tokenizer)
     model = adapted(options)
-    trainer = AdapterTrainer(model, options.learning_rate, options.steps, options.accumulate)
+    trainer = AdapterTrainer(model, options.learning_rate, options.steps, parts=options.accumulate)
     learn(trainer, train, options, partial(measured, runner(model), held_out, options.batch_size))
     merged = TFOPTForCausalLM.from_pretrained(options.model).merge_lora(model)
     merged.save_pretrained(options.output)

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # runs in a source tree, 
 
 from examples.finetune_torch import run
 from examples.finetuning import measured, train_and_held_out
-from examples.from_scratch_torch import Trainer, learn
-from examples.training import argument_parser, write_beside
+from examples.from_scratch_torch import Trainer
+from examples.training import argument_parser, learn, write_beside
 from opt_core.assets import TINY_SUMS
 from opt_torch import OPTForCausalLM, OPTTokenizer
 
@@ -121,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")
     adapted = get_peft_model(model, config)
     adapted.print_trainable_parameters()
-    trainer = AdapterTrainer(adapted, options.learning_rate, options.steps, options.accumulate)
+    trainer = AdapterTrainer(
+        adapted, options.learning_rate, options.steps, parts=options.accumulate
+    )
     evaluate = partial(measured, partial(run, adapted), held_out, options.batch_size)
     learn(trainer, train, options, evaluate)
 

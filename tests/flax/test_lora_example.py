@@ -61,7 +61,7 @@ def test_what_was_stopped_goes_on_exactly(tmp_path, monkeypatch, options):
         lora_flax.main(parts)
     monkeypatch.undo()
     lora_flax.main([*parts, "--resume"])
-    for file in ("state.msgpack", "model.safetensors"):
+    for file in ("state", "model.safetensors"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 

@@ -68,7 +68,7 @@ def test_going_on_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         patch.setattr(Log, "add", stop)
         with pytest.raises(KeyboardInterrupt):
             lora_torch.main([*common, str(stopped)])
-    state = torch.load(stopped / "state.pt", weights_only=True)
+    state = torch.load(stopped / "state", weights_only=True)
     assert state["step"] == 3 and all("lora_" in name for name in state["weights"])
     lora_torch.main([*common, str(stopped), "--resume"])
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
