@@ -24,13 +24,13 @@ BACKENDS = ("torch", "tf", "flax")
 COMPILING = ("tf", "flax")
 LONGEST_FIRST = (
     "neutral",
+    "torch",
     "tf-rest",
     "flax-rest",
     "flax",
     "tf-decoding",
     "flax-decoding",
     "flax-training",
-    "torch",
     "tf",
     "tf-training",
     "mypy",
