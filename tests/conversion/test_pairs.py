@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every pair of formats in every dtype, there and back, bit by bit; the docs say so (with `make test-slow`)."""
+"""Every pair of formats in every dtype, there and back, bit by bit; the docs say so (`make test-slow`)."""
 
 from __future__ import annotations
 
