@@ -27,7 +27,9 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, sample_weight: Tensor | None 
             smallest, largest = tf.reduce_min(values), tf.reduce_max(values)
             check_ids(int(smallest), int(largest), logits.shape[-1], "labels")
     weights = label_weights(sample_weight, labels)
-    return cross_entropy(logits[:, :-1], labels[:, 1:], weights[:, 1:])
+    # The labels are shifted, not the logits: those are large.
+    labels = tf.pad(labels[:, 1:], [[0, 0], [0, 1]], constant_values=IGNORED_LABEL)
+    return cross_entropy(logits, labels, tf.roll(weights, -1, axis=1))
 
 
 def classification_loss(
