@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from conversion.checkpoint import Checkpoint
@@ -85,9 +84,7 @@ def make_plan(
     config = _config(checkpoint)
     chosen = _architecture(checkpoint, architecture)
     sources, missing, dropped = _sources(checkpoint, config, chosen, given=architecture is not None)
-    outgoing = tuple(
-        Outgoing(s.param, wanted or s.tensor.dtype, partial(_itself, s)) for s in sources
-    )
+    outgoing = tuple(Outgoing.of(s, wanted or s.tensor.dtype) for s in sources)
     directory = checkpoint.directory
     infos = [out.info(format, chosen, directory) for out in outgoing]
     shards = split(infos, format.layout, max_shard_size)
@@ -164,10 +161,6 @@ def _memory(source: Source, out: Outgoing, transposed: bool) -> int:
         blocks += 2 * BLOCK * out.dtype.itemsize // tensor.dtype.itemsize
     whole = source.turns(transposed) or not tensor.streams
     return blocks + (tensor.info.nbytes if whole else 0)
-
-
-def _itself(source: Source) -> Source:
-    return source
 
 
 def _row(info: TensorLike) -> tuple[str, str, tuple[int, ...]]:

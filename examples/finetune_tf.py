@@ -23,9 +23,24 @@ from opt_tf import OPTTokenizer, TFOPTForCausalLM  # before keras: it chooses th
 import keras  # isort: skip
 import tensorflow as tf
 
-from examples.finetuning import measured, parse, train_and_held_out
+from examples.finetuning import Run, measured, parse, train_and_held_out
 from examples.from_scratch_tf import Trainer, learn
 from examples.training import Array
+
+
+def runner(model: TFOPTForCausalLM) -> Run:
+    """The loss of a batch, and the most likely next token after each."""
+
+    @tf.function(jit_compile=True)
+    def compiled(input_ids: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        output = model(input_ids, labels=labels, use_cache=False)
+        return output.loss, tf.argmax(output.logits, -1)
+
+    def run(input_ids: Array, labels: Array) -> tuple[float, Array]:
+        loss, chosen = compiled(tf.constant(input_ids), tf.constant(labels))
+        return float(loss), chosen.numpy()
+
+    return run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,19 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable()
 
-    @tf.function(jit_compile=True)
-    def compiled(input_ids: tf.Tensor, labels: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        output = model(input_ids, labels=labels, use_cache=False)
-        return output.loss, tf.argmax(output.logits, -1)
-
-    def run(input_ids: Array, labels: Array) -> tuple[float, Array]:
-        """The loss, and the most likely next token after each."""
-        loss, chosen = compiled(tf.constant(input_ids), tf.constant(labels))
-        return float(loss), chosen.numpy()
-
     trainer = Trainer(model, options.learning_rate, options.steps, parts=options.accumulate)
-    evaluate = partial(measured, run, held_out, options.batch_size)
-    learn(trainer, train, options, evaluate)
+    learn(trainer, train, options, partial(measured, runner(model), held_out, options.batch_size))
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
 

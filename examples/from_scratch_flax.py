@@ -30,8 +30,8 @@ from examples.training import (
     argument_parser,
     learn,
     warmup,
-    write_beside,
 )
+from opt_core.files import atomic_write
 from opt_flax import FlaxOPTForCausalLM
 
 
@@ -99,7 +99,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Writes all that the next step depends on."""
-        write_beside(path, to_bytes(self._state()))
+        atomic_write(path, to_bytes(self._state()))
 
     def load(self, path: Path) -> None:
         """Goes on where `save` was called."""

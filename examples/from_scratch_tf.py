@@ -28,15 +28,15 @@ from examples.sums import PLAN, WEIGHT_DECAY, accuracy, config, tokenizer_and_da
 from examples.training import (
     LARGEST_NORM,
     Array,
-    Log,
     Measure,
+    Progress,
     Rows,
     argument_parser,
     order,
     parts_of,
     warmup,
-    write_beside,
 )
+from opt_core.files import atomic_write
 
 
 class Course(keras.optimizers.schedules.LearningRateSchedule):
@@ -96,10 +96,10 @@ class Trainer:
         return total
 
     def save(self, path: Path) -> None:
-        """Writes all that the next step depends on."""
+        """Writes all that the next step depends on, but for weights that do not learn."""
         file = io.BytesIO()
         np.savez(file, *(variable.numpy() for variable in self._variables()))
-        write_beside(path, file.getvalue())
+        atomic_write(path, file.getvalue())
 
     def load(self, path: Path) -> None:
         """Goes on where `save` was called."""
@@ -109,37 +109,29 @@ class Trainer:
 
     def _variables(self) -> list[Any]:
         """Weights, seeds of the dropout, moments and the number of steps."""
-        return [*self.model.variables, *self.optimizer.variables]
+        seeds = self.model.model.decoder.seed_generator.state
+        return [*self.model.trainable_variables, seeds, *self.optimizer.variables]
 
 
-class Progress(keras.callbacks.Callback):
-    """Notes each step of `fit`, and now and then saves the state and measures."""
+class EachStep(keras.callbacks.Callback):
+    """Notes each step of `fit`, which is one batch for each part."""
 
-    def __init__(self, trainer: Trainer, state: Path, options: Namespace, measure: Measure) -> None:
+    def __init__(self, progress: Progress, parts: int) -> None:
         super().__init__()
-        self.trainer, self.state = trainer, state
-        self.options, self.measure = options, measure
-        self.log = Log(options.output, trainer.step)
+        self.progress, self.parts = progress, parts
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if batch % self.trainer.parts == 0:
+        if batch % self.parts == 0:
             self.model.reset_metrics()  # or the loss would be the mean since `fit` began
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        if (batch + 1) % self.trainer.parts:
-            return
-        step, measured = self.trainer.step, {"loss": float(logs["loss"])}
-        if step % self.options.save_every == 0 or step == self.options.steps:
-            self.trainer.save(self.state)
-            measured |= self.measure()
-        self.log.add(step, **measured)
+        if (batch + 1) % self.parts == 0:
+            self.progress.note(float(logs["loss"]))
 
 
 def learn(trainer: Trainer, data: Rows, options: Namespace, measure: Measure) -> None:
-    """Makes the steps that are left, notes each, and now and then saves the state and measures."""
-    state = options.output / "state"
-    if options.resume:
-        trainer.load(state)
+    """Makes the steps that are left, by `fit`."""
+    progress = Progress(trainer, options, measure)
     start, parts = trainer.step, trainer.parts
     each = order(len(data.labels), options.batch_size, options.seed, start)
     rows = tf.data.Dataset.from_generator(
@@ -153,7 +145,7 @@ def learn(trainer: Trainer, data: Rows, options: Namespace, measure: Measure) ->
         batches,
         epochs=int(start < options.steps),
         steps_per_epoch=(options.steps - start) * parts,
-        callbacks=[Progress(trainer, state, options, measure)],
+        callbacks=[EachStep(progress, parts)],
         shuffle=False,  # `order` does
         verbose=0,
     )

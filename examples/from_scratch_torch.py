@@ -30,8 +30,8 @@ from examples.training import (
     learn,
     parts_of,
     warmup,
-    write_beside,
 )
+from opt_core.files import atomic_write
 from opt_torch import OPTForCausalLM
 
 
@@ -82,18 +82,19 @@ class Trainer:
         return total
 
     def save(self, path: Path) -> None:
-        """Writes all that the next step depends on."""
-        parts = ("model", "optimizer", "schedule")
-        state = {name: getattr(self, name).state_dict() for name in parts}
-        state |= {"step": self.step, "random": torch.get_rng_state()}
+        """Writes all that the next step depends on, but for weights that do not learn."""
+        weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        state = {name: getattr(self, name).state_dict() for name in ("optimizer", "schedule")}
+        state |= {"weights": weights, "step": self.step, "random": torch.get_rng_state()}
         file = io.BytesIO()
         torch.save(state, file)
-        write_beside(path, file.getvalue())
+        atomic_write(path, file.getvalue())
 
     def load(self, path: Path) -> None:
         """Goes on where `save` was called."""
         state = torch.load(path, weights_only=True)
-        for name in ("model", "optimizer", "schedule"):
+        self.model.load_state_dict(state["weights"], strict=False)
+        for name in ("optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
         self.step = state["step"]
         torch.set_rng_state(state["random"])

@@ -28,17 +28,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs in a source tree, installed or not
 
-from examples.finetuning import measured, train_and_held_out
+from examples.finetuning import adapter_parser, checked, measured, train_and_held_out
 from examples.training import (
     LARGEST_NORM,
     Array,
-    argument_parser,
     learn,
     parts_of,
     warmup,
-    write_beside,
 )
-from opt_core.assets import TINY_SUMS
+from opt_core.files import atomic_write
 from opt_flax import FlaxOPTForCausalLM, OPTTokenizer
 
 Tree = dict[str, Any]  # by path, such as "model/decoder/layers/0/fc1/kernel"
@@ -136,7 +134,7 @@ class AdapterTrainer:
 
     def save(self, path: Path) -> None:
         """Writes all that the next step depends on, but for the base."""
-        write_beside(path, to_bytes(self._state()))
+        atomic_write(path, to_bytes(self._state()))
 
     def load(self, path: Path) -> None:
         """Goes on where `save` was called."""
@@ -149,19 +147,9 @@ class AdapterTrainer:
 
 
 def parse(arguments: Sequence[str] | None) -> Namespace:
-    plan = {"steps": 300, "batch_size": 32, "learning_rate": 5e-3, "save_every": 100}
-    parser = argument_parser(__doc__, output=Path("my-lora"), **plan)
-    parser.add_argument("--model", default=str(TINY_SUMS), help="name or folder of an OPT model")
-    parser.add_argument("--base", choices=ROUNDED, default="int8", help="its weights")
+    parser = adapter_parser(__doc__, ROUNDED)
     parser.add_argument("--targets", default=TARGETS, help="adapted modules, a regular expression")
-    parser.add_argument("--rank", type=int, default=16, help="width of the matrices")
-    parser.add_argument("--train-file", type=Path, help="a text to learn (default: sums)")
-    parser.add_argument("--block-size", type=int, default=64, help="tokens of a row of the text")
-    parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch")
-    options = parser.parse_args(arguments)
-    if options.accumulate < 1 or options.batch_size % options.accumulate:
-        parser.error(f"--accumulate {options.accumulate} does not divide the --batch-size")
-    return options
+    return checked(parser, arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,7 +12,6 @@ which all three frameworks load.
 
 from __future__ import annotations
 
-import io
 import sys
 import warnings
 from argparse import Namespace
@@ -27,38 +26,20 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))  # runs in a source tree, installed or not
 
 from examples.finetune_torch import run
-from examples.finetuning import measured, train_and_held_out
+from examples.finetuning import (
+    LORA_TARGETS,
+    adapter_parser,
+    checked,
+    measured,
+    train_and_held_out,
+)
 from examples.from_scratch_torch import Trainer
-from examples.training import argument_parser, learn, write_beside
-from opt_core.assets import TINY_SUMS
+from examples.training import learn
 from opt_torch import OPTForCausalLM, OPTTokenizer
-
-#: Those of each layer. The head stays as it is: it is the word embeddings again.
-TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-
-
-class AdapterTrainer(Trainer):
-    """A trainer whose state leaves out the base, which never changes."""
-
-    def save(self, path: Path) -> None:
-        weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        state = {name: getattr(self, name).state_dict() for name in ("optimizer", "schedule")}
-        state |= {"weights": weights, "step": self.step, "random": torch.get_rng_state()}
-        file = io.BytesIO()
-        torch.save(state, file)
-        write_beside(path, file.getvalue())
-
-    def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["weights"], strict=False)
-        for name in ("optimizer", "schedule"):
-            getattr(self, name).load_state_dict(state[name])
-        self.step = state["step"]
-        torch.set_rng_state(state["random"])
 
 
 def is_target(layer: nn.Module, name: str) -> bool:
-    return name.rpartition(".")[2] in TARGETS
+    return name.rpartition(".")[2] in LORA_TARGETS
 
 
 def round_to_int8(model: OPTForCausalLM) -> None:
@@ -91,20 +72,7 @@ BASES: Mapping[str, Callable[[OPTForCausalLM], None]] = {
 
 
 def parse(arguments: Sequence[str] | None) -> Namespace:
-    plan = {"steps": 300, "batch_size": 32, "learning_rate": 5e-3, "save_every": 100}
-    parser = argument_parser(__doc__, output=Path("my-lora"), **plan)
-    parser.add_argument("--model", default=str(TINY_SUMS), help="name or folder of an OPT model")
-    parser.add_argument("--base", choices=[*BASES], default="int8", help="its weights")
-    parser.add_argument("--rank", type=int, default=16, help="width of the matrices")
-    parser.add_argument("--train-file", type=Path, help="a text to learn (default: sums)")
-    parser.add_argument("--block-size", type=int, default=64, help="tokens of a row of the text")
-    parser.add_argument("--accumulate", type=int, default=1, help="parts of a batch")
-    options = parser.parse_args(arguments)
-    if options.accumulate < 1 or options.batch_size % options.accumulate:
-        parser.error(
-            f"--accumulate {options.accumulate} does not divide --batch-size {options.batch_size}"
-        )
-    return options
+    return checked(adapter_parser(__doc__, BASES), arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -115,15 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = OPTForCausalLM.from_pretrained(options.model)
     BASES[options.base](model)
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=options.rank, lora_alpha=2 * options.rank, target_modules=TARGETS
+        task_type="CAUSAL_LM",
+        r=options.rank,
+        lora_alpha=2 * options.rank,
+        target_modules=LORA_TARGETS,
     )
     # Nothing is merged into rounded weights here.
     warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")
     adapted = get_peft_model(model, config)
     adapted.print_trainable_parameters()
-    trainer = AdapterTrainer(
-        adapted, options.learning_rate, options.steps, parts=options.accumulate
-    )
+    trainer = Trainer(adapted, options.learning_rate, options.steps, parts=options.accumulate)
     evaluate = partial(measured, partial(run, adapted), held_out, options.batch_size)
     learn(trainer, train, options, evaluate)
 

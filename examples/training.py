@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -16,11 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from opt_core.files import atomic_write
+from opt_core.inputs import IGNORED_LABEL
+
 Array = NDArray[Any]
 
 Measure = Callable[[], dict[str, float]]  # of a model on what is held out
-
-IGNORED = -100  # labels that do not count
 
 LARGEST_NORM = 1.0  # of all gradients together
 
@@ -109,9 +109,9 @@ def right_rows(chosen: Array, labels: Array) -> int:
 
     Args:
         chosen: [B, T], the most likely next token after each.
-        labels: [B, T], not shifted, `IGNORED` where anything will do.
+        labels: [B, T], not shifted, `IGNORED_LABEL` where anything will do.
     """
-    matters = labels[:, 1:] != IGNORED
+    matters = labels[:, 1:] != IGNORED_LABEL
     return int(((chosen[:, :-1] == labels[:, 1:]) | ~matters).all(1).sum())
 
 
@@ -123,7 +123,7 @@ class Log:
         self.path, self.every, self.began = folder / "log.jsonl", every, time.perf_counter()
         lines = self.path.read_text().splitlines() if start else []
         kept = [line for line in lines if json.loads(line)["step"] <= start]
-        write_beside(self.path, "".join(f"{line}\n" for line in kept).encode())
+        atomic_write(self.path, "".join(f"{line}\n" for line in kept))
 
     def add(self, step: int, **values: float) -> None:
         """Notes the values of a step, and shows them now and then, or where there is more than a loss."""
@@ -135,24 +135,32 @@ class Log:
             print(f"step {step}: {shown} ({seconds:.0f} s)", flush=True)
 
 
-def write_beside(path: Path, data: bytes) -> None:
-    """Replaces a file in one step, so that a reader finds the old one or the new one, whole."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_bytes(data)
-    os.replace(beside, path)
+class Progress:
+    """Where a training stands: goes on from its saved state if told to; notes each step.
+
+    Now and then it saves the state and measures.
+    """
+
+    def __init__(self, trainer: Trainer, options: argparse.Namespace, measure: Measure) -> None:
+        self.trainer, self.options, self.measure = trainer, options, measure
+        self.state = options.output / "state"
+        if options.resume:
+            trainer.load(self.state)
+        self.log = Log(options.output, trainer.step)
+
+    def note(self, loss: float) -> None:
+        """Called after each step, with the loss before it."""
+        step, values = self.trainer.step, {"loss": loss}
+        if step % self.options.save_every == 0 or step == self.options.steps:
+            self.trainer.save(self.state)
+            values |= self.measure()
+        self.log.add(step, **values)
 
 
 def learn(trainer: Trainer, data: Rows, options: argparse.Namespace, measure: Measure) -> None:
-    """Makes the steps that are left, notes each, and now and then saves the state and measures."""
-    state = options.output / "state"
-    if options.resume:
-        trainer.load(state)
-    log = Log(options.output, trainer.step)
+    """Makes the steps that are left."""
+    progress = Progress(trainer, options, measure)
     batches = order(len(data.labels), options.batch_size, options.seed, trainer.step)
     while trainer.step < options.steps:
         rows = next(batches)
-        measured = {"loss": trainer.train(data.input_ids[rows], data.labels[rows])}
-        if trainer.step % options.save_every == 0 or trainer.step == options.steps:
-            trainer.save(state)
-            measured |= measure()
-        log.add(trainer.step, **measured)
+        progress.note(trainer.train(data.input_ids[rows], data.labels[rows]))

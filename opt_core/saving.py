@@ -35,6 +35,11 @@ class Outgoing:
     dtype: np.dtype[Any]
     source: Callable[[], Source]
 
+    @classmethod
+    def of(cls, source: Source, dtype: np.dtype[Any]) -> Outgoing:
+        """What lies in a checkpoint already."""
+        return cls(source.param, dtype, lambda: source)
+
     def info(self, format: Format, architecture: str, folder: Path) -> TensorInfo:
         """The tensor that it becomes in files of that format."""
         dialect, param = format.dialect, self.param

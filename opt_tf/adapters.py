@@ -73,7 +73,7 @@ def add_lora(model: Any, rank: int, lora_alpha: float | None, targets: Sequence[
         raise UnsupportedError(
             "enable_lora: Keras computes no LoRA beside float8; use int8 or int4."
         )
-    if any(has_lora(layer) for layer in leaves(model)):
+    if any(lora_leaf(layer) for layer in leaves(model)):
         raise InputError("enable_lora: the model has LoRA already, which happens once per model.")
     for layer in leaves(model):
         if layer.name in targets:
@@ -84,15 +84,19 @@ def add_lora(model: Any, rank: int, lora_alpha: float | None, targets: Sequence[
             layer.trainable = False
 
 
-def has_lora(layer: keras.layers.Layer) -> bool:
-    return isinstance(layer, keras.layers.Dense | keras.layers.Embedding) and layer.lora_enabled
+def lora_leaf(layer: keras.layers.Layer) -> str | None:
+    """The variable that LoRA adds to, if the layer has LoRA."""
+    for kind, leaf in ((keras.layers.Dense, "kernel"), (keras.layers.Embedding, "embeddings")):
+        if isinstance(layer, kind) and layer.lora_enabled:
+            return leaf
+    return None
 
 
-def lora_product(layer: keras.layers.Layer, leaf: str) -> tf.Tensor:
-    """What LoRA adds to a layer's weights, [I, O] in float32."""
+def lora_product(layer: keras.layers.Layer) -> tf.Tensor:
+    """What LoRA adds to `lora_leaf` of a layer that has it, [I, O] in float32."""
+    names = [f"lora_{lora_leaf(layer)}_{side}" for side in "ab"]
     left, right = (
-        tf.convert_to_tensor(next(v for v in layer.variables if v.name == f"lora_{leaf}_{side}"))
-        for side in "ab"
+        tf.convert_to_tensor(next(v for v in layer.variables if v.name == name)) for name in names
     )
     return layer.lora_alpha / layer.lora_rank * tf.matmul(left, right)
 
@@ -100,10 +104,9 @@ def lora_product(layer: keras.layers.Layer, leaf: str) -> tf.Tensor:
 def merge(adapted: Any, plain: Any) -> None:
     """Adds what LoRA has learnt in one model to the weights of another, which are not quantized."""
     for source, target in zip(leaves(adapted), leaves(plain), strict=True):
-        if has_lora(source):
-            leaf = "kernel" if isinstance(source, keras.layers.Dense) else "embeddings"
+        if leaf := lora_leaf(source):
             variable = getattr(target, leaf)
-            variable.assign_add(tf.cast(lora_product(source, leaf), variable.dtype))
+            variable.assign_add(tf.cast(lora_product(source), variable.dtype))
 
 
 def record(model: Any) -> dict[str, Any]:

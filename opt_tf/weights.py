@@ -15,7 +15,7 @@ from opt_core import InputError, OPTConfig, UnsupportedError
 from opt_core.dtypes import MODEL_DTYPES
 from opt_core.loading import Source
 from opt_core.params import EMBEDDING_NAME, Kind, Param, param_table
-from opt_tf.adapters import has_lora, lora_product
+from opt_tf.adapters import lora_leaf, lora_product
 from opt_tf.parts import FirstValue
 
 INITIAL_VALUES: Mapping[Kind, Callable[[tuple[int, ...], float], tf.Tensor]] = {
@@ -132,7 +132,7 @@ def canonical_arrays(
 def _merged(layer: keras.layers.Layer, variable: keras.Variable, transposed: bool) -> np.ndarray:
     """A variable in canonical layout, with what LoRA adds to it; Keras' own sum is rounded."""
     value = tf.convert_to_tensor(variable)
-    if has_lora(layer) and f"lora_{variable.name}_a" in {v.name for v in layer.variables}:
-        product = lora_product(layer, variable.name)
+    if lora_leaf(layer) == variable.name:
+        product = lora_product(layer)
         value = tf.cast(tf.cast(value, product.dtype) + product, value.dtype)
     return to_numpy(value, transposed)

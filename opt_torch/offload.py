@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -205,15 +204,11 @@ def _written(
     own = Path(tempfile.mkdtemp(prefix="opt-", dir=folder))
     weakref.finalize(model, shutil.rmtree, own, ignore_errors=True)
     format, architecture = FORMATS[DEFAULT_FORMAT], model.architecture
-    outgoing = [Outgoing(s.param, dtype, partial(_itself, s)) for s in sources.values()]
+    outgoing = [Outgoing.of(source, dtype) for source in sources.values()]
     write_weights(own, outgoing, format, architecture)
     with CheckpointReader.open(own) as reader:
         spelt = (format.dialect.name(s.param, architecture) for s in sources.values())
         return {name: reader[found] for name, found in zip(sources, spelt, strict=True)}
-
-
-def _itself(source: Source) -> Source:
-    return source
 
 
 def _accelerate() -> ModuleType:

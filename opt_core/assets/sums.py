@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from opt_core.errors import InputError
+from opt_core.inputs import IGNORED_LABEL
 from opt_core.tokenizer import OPTTokenizer
 
 LARGEST = 99
@@ -40,7 +41,7 @@ class TrainingData:
     """All problems as rows `</s> prompt answer </s>`, padded on the right.
 
     `input_ids` [P, T]; `labels` [P, T] are the same at the answer and the last `</s>`, not shifted, and
-    -100 elsewhere: a prompt is mostly chance, and nothing to learn.
+    IGNORED_LABEL elsewhere: a prompt is mostly chance, and nothing to learn.
     """
 
     input_ids: NDArray[np.int64]
@@ -132,7 +133,7 @@ def encode_problems(
         raise InputError(f"length={length}: the longest problem has {longest} tokens")
     shape = (len(pairs), longest if length is None else length)
     input_ids = np.full(shape, tokenizer.pad_token_id, np.int64)
-    labels = np.full(shape, -100, np.int64)
+    labels = np.full(shape, IGNORED_LABEL, np.int64)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         start, stop = len(prompt), len(prompt) + len(answer)
         input_ids[row, :stop] = prompt + answer

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from examples import finetuning
-from examples.training import IGNORED
 from opt_core.assets import TINY_SUMS
 from opt_core.assets.sums import TrainingData
+from opt_core.inputs import IGNORED_LABEL
 from opt_core.tokenizer import OPTTokenizer
 from tests.backends.base import Backend
 from tests.suite.crashes import crash, log_of
@@ -75,12 +75,12 @@ def test_a_text_with_every_option(backend: Backend, script: Any, tmp_path: Path)
 def test_measures_of_rows_and_tokens() -> None:
     """Of five rows in batches of two, of which the last is filled up."""
     ids = np.arange(20).reshape(5, 4) + 1
-    labels = np.where(np.arange(4) < [[1], [1], [2], [1], [3]], IGNORED, ids)
+    labels = np.where(np.arange(4) < [[1], [1], [2], [1], [3]], IGNORED_LABEL, ids)
     wrong = {(0, 3), (4, 3)}  # row and column of the label
 
     def run(batch: Any, targets: Any) -> tuple[float, Any]:
         assert batch.shape == (2, 4)
-        counts = (targets[:, 1:] != IGNORED).sum(1)
+        counts = (targets[:, 1:] != IGNORED_LABEL).sum(1)
         chosen = np.roll(batch, -1, axis=1)
         for row, column in wrong:
             chosen[(batch == ids[row, column])[:, [1, 2, 3, 0]]] = 0

@@ -27,14 +27,14 @@ def train(folder, *options):
 def copied_on_the_way(tmp_path, monkeypatch):
     """The folder as it was when a state was first saved."""
 
-    class CopyingTrainer(lora_tf.AdapterTrainer):
+    class CopyingTrainer(lora_tf.Trainer):
         def save(self, path):
             super().save(path)
             if not copied.exists():
                 shutil.copytree(path.parent, copied)
 
     copied = tmp_path / "copied"
-    monkeypatch.setattr(lora_tf, "AdapterTrainer", CopyingTrainer)
+    monkeypatch.setattr(lora_tf, "Trainer", CopyingTrainer)
     return copied
 
 

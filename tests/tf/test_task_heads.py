@@ -8,30 +8,20 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from opt_core import InputError, OPTConfig
+from opt_core import InputError
 from opt_core.outputs import QuestionAnsweringOutput, SequenceClassifierOutput
 from opt_tf import TFOPTForQuestionAnswering, TFOPTForSequenceClassification
+from tests.tf.tiny import CONFIG as TINY
+from tests.tf.tiny import IDS, KERAS_ON_NUMPY_2
 
-CONFIG = OPTConfig(
-    vocab_size=61,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    ffn_dim=24,
-    max_position_embeddings=16,
-    num_labels=3,
-    dropout=0.0,
-)
-RANDOM = np.random.default_rng(0)
-IDS = RANDOM.integers(3, 61, (12, 7)).astype("int32")
+CONFIG = TINY.replace(init_std=0.02, use_cache=True)
 CLASSES = (IDS[:, -1] % 3).astype("int32")
 SPAN = {
     "start_positions": np.argmax(IDS, axis=1).astype("int32"),
     "end_positions": np.argmin(IDS, axis=1).astype("int32"),
 }
 PAIR = tuple(SPAN.values())
-#: Keras 3.15 turns its variables into arrays in a way that numpy 2 warns of.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept")
+pytestmark = pytest.mark.filterwarnings(KERAS_ON_NUMPY_2)
 
 
 def compiled(cls, rate=2e-2, *, config=CONFIG, **options):

@@ -39,7 +39,7 @@ def test_it_learns(base: str, steps: int, right: float, tmp_path: Path) -> None:
     assert log[-1]["rows_right"] >= right
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {name.rpartition(".lora_")[0].rpartition(".")[2] for name in adapter} == {
-        *lora_torch.TARGETS
+        *lora_torch.LORA_TARGETS
     }
     base_model = OPTForCausalLM.from_pretrained(TINY_SUMS)
     adapted = PeftModel.from_pretrained(base_model, tmp_path / "adapter")
