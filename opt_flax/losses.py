@@ -26,7 +26,9 @@ def causal_lm_loss(logits: Array, labels: Array) -> Array:
         values = values[values != IGNORED_LABEL]
         if len(values):
             check_ids(int(values.min()), int(values.max()), logits.shape[-1], "labels")
-    return cross_entropy(logits[:, :-1], labels[:, 1:])
+    # The labels are shifted, not the logits: those are large.
+    shifted = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)
+    return cross_entropy(logits, shifted)
 
 
 def classification_loss(logits: Array, labels: Array, problem: ProblemType) -> Array:
