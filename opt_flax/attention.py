@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from opt_core import OPTConfig
+from opt_core import OPTConfig, UnsupportedError
 from opt_flax.cache import LayerCache
 from opt_flax.parts import linear
 
 Dropout = Callable[[Array], Array]
+CUDNN_BACKENDS = ("gpu",)
+CUDNN_DTYPES = (jnp.float16, jnp.bfloat16)
 
 
 def eager_attention(
@@ -65,11 +67,43 @@ def sdpa_attention(
     dropout: Dropout | None,
 ) -> tuple[Array, Array | None]:
     """JAX's fused attention; arguments and results as `eager_attention`, without weights."""
+    return _fused_attention(query, key, value, bias, is_causal, "xla"), None
+
+
+def cudnn_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    is_causal: bool,
+    head_mask: Array | None,
+    dropout: Dropout | None,
+) -> tuple[Array, Array | None]:
+    """CuDNN's FlashAttention, on a GPU and in 16 bits; arguments and results as `sdpa_attention`.
+
+    Raises:
+        UnsupportedError: no GPU, or another dtype.
+    """
+    backend, dtype = jax.default_backend(), query.dtype
+    if backend not in CUDNN_BACKENDS or dtype not in CUDNN_DTYPES:
+        raise UnsupportedError(
+            "attn_implementation='cudnn': expected a GPU, and float16 or bfloat16; found "
+            f"{backend} and {dtype}. Load the model with dtype='bfloat16' there, or use 'eager'."
+        )
+    return _fused_attention(query, key, value, bias, is_causal, "cudnn"), None
+
+
+def _fused_attention(
+    query: Array, key: Array, value: Array, bias: Array | None, is_causal: bool, by: str
+) -> Array:
+    """[B, N, T, H]"""
     if bias is not None:
         query, bias = _without_blind_rows(query, bias)
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, T or S, N, H]
-    context = jax.nn.dot_product_attention(query, key, value, bias, is_causal=is_causal, scale=1.0)
-    return context.swapaxes(1, 2), None
+    context = jax.nn.dot_product_attention(
+        query, key, value, bias, is_causal=is_causal, scale=1.0, implementation=by
+    )
+    return context.swapaxes(1, 2)
 
 
 def _without_blind_rows(query: Array, bias: Array) -> tuple[Array, Array]:
@@ -79,7 +113,11 @@ def _without_blind_rows(query: Array, bias: Array) -> tuple[Array, Array]:
 
 
 AttentionKernel = Callable[..., tuple[Array, Array | None]]
-KERNELS: Mapping[str, AttentionKernel] = {"eager": eager_attention, "sdpa": sdpa_attention}
+KERNELS: Mapping[str, AttentionKernel] = {
+    "eager": eager_attention,
+    "sdpa": sdpa_attention,
+    "cudnn": cudnn_attention,
+}
 DEFAULT_KERNEL = "eager"
 
 

@@ -120,7 +120,17 @@ class OPTDecoder(nn.Module):
         kernel = self._kernel(output_attentions, head_mask, deterministic)
         bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past, total, texts)
         hidden_states, cache, all_hidden_states, all_attentions = self._run_layers(
-            hidden_states, kernel, bias, is_causal, head_mask, past, deterministic, recomputes
+            hidden_states,
+            kernel,
+            bias,
+            is_causal,
+            head_mask,
+            past,
+            deterministic,
+            recomputes,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
         )
         output = BaseModelOutput(
             last_hidden_state=hidden_states,
@@ -147,13 +157,20 @@ class OPTDecoder(nn.Module):
         past: KVCache | None,
         deterministic: bool,
         recomputes: bool,
+        use_cache: bool,
+        output_attentions: bool,
+        output_hidden_states: bool,
     ) -> tuple[Array, KVCache, tuple[Array, ...], tuple[Array, ...]]:
-        """Returns the output [B, T, E], the cache, every layer's input and attention weights."""
+        """Returns the output [B, T, E], the cache, every layer's input and attention weights.
+
+        What is not asked for is not kept: its memory serves the next layer.
+        """
         all_hidden_states: tuple[Array, ...] = ()
         all_attentions: tuple[Array, ...] = ()
         caches: tuple[LayerCache, ...] = ()
         for index, layer in enumerate(self.layers.items):
-            all_hidden_states += (hidden_states,)
+            if output_hidden_states:
+                all_hidden_states += (hidden_states,)
             residual = hidden_states
             run = partial(recomputed, layer) if recomputes else layer
             hidden_states, weights, cache = run(
@@ -170,9 +187,9 @@ class OPTDecoder(nn.Module):
                 # What a compiled program returns is fixed: a dropped layer shows weights and cache.
                 dropped = jax.random.uniform(self.make_rng("dropout")) < self.layerdrop
                 hidden_states = jnp.where(dropped, residual, hidden_states)
-            if not recomputes:  # or its keys and values would stay in memory
+            if use_cache:
                 caches += (cache,)
-            if weights is not None:
+            if output_attentions and weights is not None:
                 all_attentions += (weights,)
         length = hidden_states.shape[1]
         if self.final_layer_norm is not None:

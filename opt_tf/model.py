@@ -119,7 +119,17 @@ class OPTDecoder(keras.layers.Layer):
         kernel = self._kernel(output_attentions, head_mask, training)
         bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past, texts)
         hidden_states, cache, all_hidden_states, all_attentions = self._run_layers(
-            hidden_states, kernel, bias, is_causal, head_mask, past, training, recomputes
+            hidden_states,
+            kernel,
+            bias,
+            is_causal,
+            head_mask,
+            past,
+            training,
+            recomputes,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
         )
         output = BaseModelOutput(
             last_hidden_state=hidden_states,
@@ -146,13 +156,20 @@ class OPTDecoder(keras.layers.Layer):
         past: KVCache | None,
         training: bool | None,
         recomputes: bool,
+        use_cache: bool,
+        output_attentions: bool,
+        output_hidden_states: bool,
     ) -> tuple[Tensor, KVCache, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Returns the output [B, T, E], the cache, every layer's input and attention weights."""
+        """Returns the output [B, T, E], the cache, every layer's input and attention weights.
+
+        What is not asked for is not kept: its memory serves the next layer.
+        """
         all_hidden_states: tuple[Tensor, ...] = ()
         all_attentions: tuple[Tensor, ...] = ()
         caches: tuple[LayerCache, ...] = ()
         for index, layer in enumerate(self.layers):
-            all_hidden_states += (hidden_states,)
+            if output_hidden_states:
+                all_hidden_states += (hidden_states,)
             keeps = self._keeps_layer() if training and self.layerdrop else True
             if keeps is False:
                 continue
@@ -170,9 +187,9 @@ class OPTDecoder(keras.layers.Layer):
                 seed=self._next_seed() if training else None,
             )
             hidden_states = output if keeps is True else tf.where(keeps, output, hidden_states)
-            if not recomputes:  # or its keys and values would stay in memory
+            if use_cache:
                 caches += (cache,)
-            if weights is not None:
+            if output_attentions and weights is not None:
                 all_attentions += (weights,)
         length = keras.ops.shape(hidden_states)[1]
         if self.final_layer_norm is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from opt_core import OPTConfig
 from opt_torch.cache import LayerCache
+from opt_torch.flash import Packed, flash_attention
 from opt_torch.parts import Linear, at_least_float32
 
 
@@ -72,7 +73,11 @@ def _without_blind_rows(query: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 
 AttentionKernel = Callable[..., tuple[Tensor, Tensor | None]]
-KERNELS: Mapping[str, AttentionKernel] = {"eager": eager_attention, "sdpa": sdpa_attention}
+KERNELS: Mapping[str, AttentionKernel] = {
+    "eager": eager_attention,
+    "sdpa": sdpa_attention,
+    "flash_attention_2": flash_attention,
+}
 DEFAULT_KERNEL = "sdpa"
 
 
@@ -95,7 +100,7 @@ class OPTAttention(nn.Module):
         self,
         hidden_states: Tensor,
         kernel: AttentionKernel,
-        bias: Tensor | None = None,
+        bias: Tensor | Packed | None = None,
         is_causal: bool = False,
         head_mask: Tensor | None = None,
         past: LayerCache | None = None,

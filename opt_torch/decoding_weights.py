@@ -2,7 +2,7 @@
 """Linear weights laid out for decoding, which reads each of them once per token.
 
 `prepare` gives every `Linear` of a model a `DecodingWeight` and frees its plain weight. Two kinds:
-the same numbers in the order in which oneDNN reads them, or numbers rounded to eight bits. The
+the same numbers in the order in which oneDNN reads them, or numbers rounded to eight or four bits. The
 operations that these need carry no promise of PyTorch's: they are looked up in `private_operation`
 alone, and wherever one is missing, or does not fit the call, `F.linear` takes its place.
 """
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,10 @@ PACKABLE = {
 #: The int8 operation reads the weight once for each row, in steps of this many columns.
 INT8_MOST_ROWS = 8
 INT8_COLUMNS = 32
+#: The kernel for four bits: torchao calls it by a class that stands for tensors on a GPU alone. So many
+#: columns share a scale.
+INT4_DEVICES = ("cuda",)
+INT4_GROUP = 128
 #: From so many rows on, packed weights are taken without a trial (docs/performance.md: 1.3 times for 8).
 MANY_ROWS = 4
 #: For fewer: how many bytes of weights to multiply, and how often, to tell which layout is faster.
@@ -77,11 +82,30 @@ class PackedWeight:
         return self.packed.to_dense()
 
 
-class Int8Weight:
-    """The numbers rounded to eight bits with one scale for each output, by torchao.
+class RoundedWeight:
+    """Numbers rounded by torchao, which multiplies by them too."""
+
+    name: ClassVar[str]
+    rounded: Any  # a tensor of torchao
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.rounded, bias)
+
+    def plain(self) -> Tensor:
+        raise UnsupportedError(
+            f'This model was prepared for decoding with weights="{self.name}": its weights are rounded '
+            "for good. It runs under torch.no_grad(), and can be neither trained, moved, saved nor "
+            "copied. For that, load the checkpoint again."
+        )
+
+
+class Int8Weight(RoundedWeight):
+    """The numbers rounded to eight bits with one scale for each output.
 
     Few rows are multiplied in bfloat16 without unpacking the weight; many by torchao's own product.
     """
+
+    name = "int8"
 
     def __init__(self, weight: Tensor) -> None:
         quantization = _torchao()
@@ -93,39 +117,56 @@ class Int8Weight:
         columns = x.shape[-1]
         fits = x.numel() <= INT8_MOST_ROWS * columns and columns % INT8_COLUMNS == 0
         if INT8_LINEAR is None or not fits or not _is_plain_call(x):
-            return F.linear(x, self.rounded, bias)
+            return super().linear(x, bias)
         rows = x.reshape(-1, columns).to(torch.bfloat16)
         product = INT8_LINEAR(rows, self.rounded.qdata, self.scale).to(x.dtype)
         product = product.view(*x.shape[:-1], -1)
         return product if bias is None else product + bias
 
-    def plain(self) -> Tensor:
-        raise UnsupportedError(
-            'This model was prepared for decoding with weights="int8": its weights are rounded for '
-            "good. It runs under torch.no_grad(), and can be neither trained, moved, saved nor copied. "
-            "For that, load the checkpoint again."
-        )
+
+class Int4Weight(RoundedWeight):
+    """The numbers rounded to four bits, with a scale and a shift for each `INT4_GROUP` of an output."""
+
+    name = "int4"
+
+    def __init__(self, weight: Tensor) -> None:
+        layout = _torchao().Int4TilePackedTo4dTensor
+        self.rounded = layout.from_hp(weight.to(torch.bfloat16), [1, INT4_GROUP])
+
+
+ROUNDED = {"int8": Int8Weight, "int4": Int4Weight}
 
 
 @torch.no_grad()
-def prepare(model: nn.Module, batch_size: int, weights: str | None) -> None:
+def prepare(model: Any, batch_size: int, weights: str | None) -> None:
     """Lays the weights out as `OPTPreTrainedModel.prepare_for_decoding` says."""
     if batch_size < 1:
         raise InputError(f"batch_size: expected at least 1, found {batch_size}.")
-    if weights not in (None, "int8"):
-        raise InputError(f"weights: expected None or 'int8', found {weights!r}.")
+    if weights not in (None, *ROUNDED):
+        raise InputError(f"weights: expected None, 'int8' or 'int4', found {weights!r}.")
     restore(model)
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    if weights == "int8":
-        if any(linear.weight.is_meta for linear in linears):
-            raise UnsupportedError(
-                "weights='int8': expected weights in memory, found some that lie on disk, or were never "
-                "loaded. Load the model without device_map."
-            )
-        lay_out(linears, tables, Int8Weight)
+    if weights is not None:
+        heads = [model.get_output_embeddings()] if weights == "int4" else []
+        chosen = [linear for linear in linears if all(linear is not head for head in heads)]
+        _check_placed(weights, {linear.weight.device.type for linear in chosen})
+        lay_out(chosen, tables, ROUNDED[weights])
     elif can_pack(linears) and packing_pays(linears, batch_size):
         lay_out(linears, tables, lambda weight: PackedWeight(weight, batch_size))
+
+
+def _check_placed(weights: str, devices: set[str]) -> None:
+    if "meta" in devices:
+        raise UnsupportedError(
+            f"weights={weights!r}: expected weights in memory, found some that lie on disk, or were "
+            "never loaded. Load the model without device_map."
+        )
+    if weights == "int4" and not devices <= {*INT4_DEVICES}:
+        raise UnsupportedError(
+            f"weights='int4': expected weights on a CUDA device, found {', '.join(sorted(devices))}. "
+            "Call model.to('cuda') first, or use weights='int8'."
+        )
 
 
 def lay_out(linears: Sequence[Linear], tables: set[int], layout: Layout) -> None:
@@ -217,6 +258,6 @@ def _torchao() -> ModuleType:
         from torchao import quantization
     except ImportError as error:
         raise UnsupportedError(
-            "weights=\"int8\" needs torchao: pip install 'opt-zoo[int8]'."
+            "Rounded weights need torchao: pip install 'opt-zoo[int8]'."
         ) from error
     return quantization

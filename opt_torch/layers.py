@@ -11,6 +11,7 @@ from opt_core.params import LAYER_NORM_EPS, POSITION_OFFSET
 from opt_torch.activations import ACTIVATIONS
 from opt_torch.attention import AttentionKernel, OPTAttention
 from opt_torch.cache import LayerCache
+from opt_torch.flash import Packed
 from opt_torch.parts import Embedding, Linear
 
 
@@ -51,7 +52,7 @@ class OPTDecoderLayer(nn.Module):
         self,
         hidden_states: Tensor,
         kernel: AttentionKernel,
-        bias: Tensor | None = None,
+        bias: Tensor | Packed | None = None,
         is_causal: bool = False,
         head_mask: Tensor | None = None,
         past: LayerCache | None = None,

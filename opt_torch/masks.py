@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opt_torch.parts import is_readable
+from opt_torch.parts import is_concrete
 
 
 def positions_from_mask(
@@ -27,6 +27,11 @@ def positions_from_mask(
     return positions[:, past_length + torch.arange(query_length, device=mask.device)]
 
 
+def without_effect(attention_mask: Tensor) -> bool:
+    """Whether all tokens are seen to be real, so that no kernel needs the mask."""
+    return is_concrete(attention_mask) and bool((attention_mask == 1).all())
+
+
 def packed_texts(position_ids: Tensor) -> Tensor | None:
     """Which of the texts packed into its row each token belongs to; None where that is seen to be one.
 
@@ -40,7 +45,7 @@ def packed_texts(position_ids: Tensor) -> Tensor | None:
     """
     tokens = (position_ids >= 0).cumsum(dim=1)
     begins = (position_ids == 0) & (tokens > 1)
-    if is_readable(begins) and not begins.any():
+    if is_concrete(begins) and not begins.any():
         return None
     return begins.cumsum(dim=1)
 

@@ -17,8 +17,9 @@ from opt_core.inputs import check_call, check_ids, check_positions
 from opt_core.params import has_final_norm, projects_embeddings
 from opt_torch.attention import DEFAULT_KERNEL, KERNELS, AttentionKernel
 from opt_torch.cache import KVCache, LayerCache
+from opt_torch.flash import Packed, can_pack, pack
 from opt_torch.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
-from opt_torch.masks import attention_bias, packed_texts, positions_from_mask
+from opt_torch.masks import attention_bias, packed_texts, positions_from_mask, without_effect
 from opt_torch.outputs import BaseModelOutput
 from opt_torch.parts import Embedding, Linear, is_readable
 from opt_torch.pretrained import OPTPreTrainedModel
@@ -81,6 +82,8 @@ class OPTDecoder(nn.Module):
         total = past_length + length if isinstance(past_length, int) else past.capacity
         if attention_mask is not None:  # of a fixed cache: longer
             attention_mask = F.pad(attention_mask, (0, total - attention_mask.shape[1]))
+            if length > 1 and without_effect(attention_mask):
+                attention_mask = None
         texts = None
         if position_ids is not None and past is None:
             texts = packed_texts(position_ids)
@@ -89,12 +92,22 @@ class OPTDecoder(nn.Module):
                 attention_mask, length, past_length, inputs_embeds.device
             )
         hidden_states = self._embed(inputs_embeds, position_ids)
-        kernel = self._kernel(output_attentions, head_mask)
+        is_whole = attention_mask is None and texts is None
+        kernel = self._kernel(output_attentions, head_mask, is_whole, past_length)
         bias, is_causal = self._bias(
             kernel, attention_mask, hidden_states, past_length, total, texts
         )
         hidden_states, cache, all_hidden_states, all_attentions = self._run_layers(
-            hidden_states, kernel, bias, is_causal, head_mask, past, recomputes
+            hidden_states,
+            kernel,
+            bias,
+            is_causal,
+            head_mask,
+            past,
+            recomputes,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
         )
         output = BaseModelOutput(
             last_hidden_state=hidden_states,
@@ -115,18 +128,25 @@ class OPTDecoder(nn.Module):
         self,
         hidden_states: Tensor,
         kernel: AttentionKernel,
-        bias: Tensor | None,
+        bias: Tensor | Packed | None,
         is_causal: bool,
         head_mask: Tensor | None,
         past: KVCache | None,
         recomputes: bool,
+        use_cache: bool,
+        output_attentions: bool,
+        output_hidden_states: bool,
     ) -> tuple[Tensor, KVCache, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Returns the output [B, T, E], the cache, every layer's input and attention weights."""
+        """Returns the output [B, T, E], the cache, every layer's input and attention weights.
+
+        What is not asked for is not kept: its memory serves the next layer.
+        """
         all_hidden_states: tuple[Tensor, ...] = ()
         all_attentions: tuple[Tensor, ...] = ()
         caches: tuple[LayerCache, ...] = ()
         for index, layer in enumerate(self.layers):
-            all_hidden_states += (hidden_states,)
+            if output_hidden_states:
+                all_hidden_states += (hidden_states,)
             if self.training and self.layerdrop and torch.rand([]) < self.layerdrop:
                 continue
             run = partial(checkpoint, layer, use_reentrant=False) if recomputes else layer
@@ -139,9 +159,9 @@ class OPTDecoder(nn.Module):
                 None if past is None else past.layers[index],
                 None if past is None else past.length,
             )
-            if not recomputes:  # or its keys and values would stay in memory
+            if use_cache:
                 caches += (cache,)
-            if weights is not None:
+            if output_attentions and weights is not None:
                 all_attentions += (weights,)
         length = hidden_states.shape[1]
         if self.final_layer_norm is not None:
@@ -173,9 +193,14 @@ class OPTDecoder(nn.Module):
         past_length: int | Tensor,
         total: int,
         texts: Tensor | None,
-    ) -> tuple[Tensor | None, bool]:
-        """The bias [B or 1, 1, T, S] and the causal flag that the kernel needs, as few as possible."""
-        length = hidden_states.shape[1]
+    ) -> tuple[Tensor | Packed | None, bool]:
+        """The bias [B or 1, 1, T, S] and the causal flag that the kernel needs, as few as possible.
+
+        FlashAttention takes no bias, but where the real tokens are.
+        """
+        batch_size, length = hidden_states.shape[:2]
+        if kernel is KERNELS["flash_attention_2"]:
+            return pack(attention_mask, texts, batch_size, length), length > 1
         if attention_mask is None and texts is None and isinstance(past_length, int):
             if length == 1:  # one query sees all keys
                 return None, False
@@ -197,7 +222,13 @@ class OPTDecoder(nn.Module):
             return positions_from_mask(attention_mask, past_length, length)
         return past_length + torch.arange(length, device=device)[None]
 
-    def _kernel(self, output_attentions: bool, head_mask: Tensor | None) -> AttentionKernel:
+    def _kernel(
+        self,
+        output_attentions: bool,
+        head_mask: Tensor | None,
+        is_whole: bool,
+        past_length: int | Tensor,
+    ) -> AttentionKernel:
         if (output_attentions or head_mask is not None) and self.attn_implementation != "eager":
             _warn_once(
                 self.attn_implementation,
@@ -205,7 +236,22 @@ class OPTDecoder(nn.Module):
                 "masks heads: such calls run 'eager' instead (said once).",
             )
             return KERNELS["eager"]
+        if self.attn_implementation == "flash_attention_2":
+            if isinstance(past_length, Tensor):  # a compiled program packs nothing
+                return KERNELS["sdpa"]
+            if not is_whole and not can_pack(self._attention_dropout):
+                _warn_once(
+                    "packing",
+                    "PyTorch's FlashAttention-2 has no dropout for rows with pads or several texts (or "
+                    "is older than 2.10): such calls run 'sdpa' instead (said once). The flash_attn "
+                    "package has it.",
+                )
+                return KERNELS["sdpa"]
         return KERNELS[self.attn_implementation]
+
+    @property
+    def _attention_dropout(self) -> float:
+        return self.config.attention_dropout if self.training else 0.0
 
     def _check(
         self,

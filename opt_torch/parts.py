@@ -131,11 +131,17 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether the values are at hand: not traced, faked or mapped over, nor on an accelerator."""
+    return tensor.device.type == "cpu" and is_concrete(tensor)
+
+
+def is_concrete(tensor: Tensor) -> bool:
+    """Whether there are values, though the host may have to wait for an accelerator to see them."""
     return (
         type(tensor) is Tensor
-        and tensor.device.type == "cpu"
+        and tensor.device.type != "meta"
         and tensor.numel() > 0
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and torch._C._functorch.peek_interpreter_stack() is None
+        and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )

@@ -136,9 +136,7 @@ class OPTPreTrainedModel(nn.Module):
         Raises:
             UnsupportedError: other options of `torch.utils.checkpoint`.
         """
-        if {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})} != {
-            "use_reentrant": False
-        }:
+        if (gradient_checkpointing_kwargs or {}) not in ({}, {"use_reentrant": False}):
             raise UnsupportedError(
                 "gradient_checkpointing_kwargs: expected None or {'use_reentrant': False}, found "
                 f"{gradient_checkpointing_kwargs!r}. With frozen weights too, nothing else is needed."
@@ -160,7 +158,7 @@ class OPTPreTrainedModel(nn.Module):
         return KVCache.fixed(config.num_hidden_layers, shape, self.dtype, self.device)
 
     def prepare_for_decoding(self, *, batch_size: int = 1, weights: str | None = None) -> Self:
-        """Lays the linear layers' weights out for fast decoding on a CPU, in place.
+        """Lays the linear layers' weights out for fast decoding, in place.
 
         By default no number changes, and logits only by the order of a sum: the weights are packed
         where that is found to be faster on this processor; elsewhere, on other devices and in
@@ -170,15 +168,16 @@ class OPTPreTrainedModel(nn.Module):
 
         Args:
             batch_size: how many rows a step decodes: prompts times beams or candidates.
-            weights: "int8" rounds the weights to eight bits (torchao; the rest stays as it is). This
-                is lossy and cannot be undone.
+            weights: "int8" rounds the weights to eight bits, "int4" on a GPU those of the layers to
+                four (torchao; the rest stays as it is). This is lossy and cannot be undone.
 
         Returns:
             The model itself.
 
         Raises:
             InputError: an unknown `weights`.
-            UnsupportedError: "int8" without torchao, and later, what needs the weights unrounded.
+            UnsupportedError: rounding without torchao, "int4" without a GPU, and later, what needs the
+                weights unrounded.
         """
         prepare(self, batch_size, weights)
         return self
@@ -203,7 +202,7 @@ class OPTPreTrainedModel(nn.Module):
 
         Args:
             name_or_path: a directory, or the name of a model on the hub.
-            attn_implementation: "sdpa" (the default) or "eager".
+            attn_implementation: "sdpa" (the default), "eager", or on a GPU "flash_attention_2".
             output_loading_info: returns (model, report) instead of raising about missing or
                 unexpected tensors.
             device_map: where the weights lie: "auto", "balanced", "balanced_low_0" or "sequential" let

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -75,11 +76,26 @@ def prefill(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -
     )
 
 
-def decode_step(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -> Step:
+def step_forward(model: Any, plan: DecodePlan, watch: Watch | None) -> Callable[..., StepOutput]:
+    """The call of the model in a step: tokens, and `run_model`'s arguments by name."""
+    return partial(run_model, model, watch, plan.dola_layers, False)
+
+
+def decode_step(
+    model: Any,
+    plan: DecodePlan,
+    inputs: Inputs,
+    watch: Watch | None,
+    forward: Callable[..., StepOutput] | None = None,
+) -> Step:
     """The step of a loop: tokens [B, T] of all rows through the model, and of their guides.
 
     Or of `rows` [any] of them, each as often as it is named.
+
+    Args:
+        forward: what is called in place of the model.
     """
+    forward = forward or step_forward(model, plan, watch)
     mask = inputs.mask.repeat_interleave(plan.strategy.rows, dim=0)
     counts = mask.sum(dim=1, keepdim=True)  # [B, 1] real tokens in each prompt
     room = mask.new_ones((len(mask), plan.capacity - plan.prompt_length))
@@ -93,11 +109,7 @@ def decode_step(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | Non
         if plan.is_guided:
             tokens = torch.cat([tokens, tokens])
         columns = cache.used + torch.arange(tokens.shape[1], device=tokens.device)
-        return run_model(
-            model,
-            watch,
-            plan.dola_layers,
-            False,
+        return forward(
             tokens,
             attention_mask=own_mask,
             position_ids=own_counts + columns - plan.prompt_length,

@@ -37,7 +37,8 @@ from opt_torch.generation.assisted import assisted_search
 from opt_torch.generation.beam import beam_search
 from opt_torch.generation.constrained import constrained_beam_search
 from opt_torch.generation.contrastive import contrastive_search
-from opt_torch.generation.decode import Noise, decode_step, first_state, prefill
+from opt_torch.generation.decode import Noise, decode_step, first_state, prefill, step_forward
+from opt_torch.generation.graphs import replayed
 from opt_torch.generation.search import search
 from opt_torch.generation.state import Decoded, Inputs
 from opt_torch.outputs import GenerateOutput
@@ -137,14 +138,14 @@ def run(
     assistant: Any = None,
 ) -> Decoded:
     """Prefills and decodes."""
-    output = prefill(model, plan, inputs, watch)
-    step = decode_step(model, plan, inputs, watch)
-    state = first_state(plan, inputs, output)
+    state = first_state(plan, inputs, prefill(model, plan, inputs, watch))
     loop = LOOPS[type(plan.strategy)]
     if assistant is not None:
         own = (assistant, plan, inputs, None)
         loop = partial(loop, assistant=(prefill(*own).cache, decode_step(*own)))
-    return loop(plan, state, step, noise, watch)
+    with replayed(step_forward(model, plan, watch), model, plan, watch) as forward:
+        step = decode_step(model, plan, inputs, watch, forward)
+        return loop(plan, state, step, noise, watch)
 
 
 def _inputs(

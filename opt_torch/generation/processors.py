@@ -23,7 +23,9 @@ def guidance(processor: p.Guidance, scores: Tensor, state: DecodeState) -> Tenso
 
 
 def sequence_bias(processor: p.SequenceBias, scores: Tensor, state: DecodeState) -> Tensor:
-    endings = [torch.from_numpy(x).to(scores.device) for x in processor.endings()]
+    endings = [
+        torch.from_numpy(x).to(scores.device, non_blocking=True) for x in processor.endings()
+    ]
     prefixes, lengths, tokens, biases = endings
     last = _last_tokens(state, prefixes.shape[1])[:, None]  # [B, 1, longest]
     fits = torch.all((prefixes < 0) | (last == prefixes), dim=-1)  # [B, n]
@@ -151,8 +153,8 @@ def _penalized(scores: Tensor, state: DecodeState, real: Tensor, penalty: float)
 def _among(token_ids: tuple[int, ...], scores: Tensor) -> Tensor:
     """Which tokens [V] are among the ids."""
     found = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
-    found[list(token_ids)] = True
-    return found
+    ids = torch.tensor(token_ids, dtype=torch.long).to(scores.device, non_blocking=True)
+    return found.index_fill(0, ids, True)
 
 
 def _forbidden(scores: Tensor, token_ids: tuple[int, ...], condition: bool) -> Tensor:

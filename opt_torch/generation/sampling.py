@@ -77,6 +77,8 @@ def _lowest_of_mass(ranks: Tensor, scores: Tensor, mass: float, keep: int) -> Te
 
     vocab_size = scores.shape[-1]
     count = min(max(_LIKELIEST, keep), vocab_size)
+    if ranks.device.type != "cpu":  # nor is an accelerator waited for
+        count = vocab_size
     lowest, suffices = lowest_among(count)
     if count == vocab_size:
         return lowest

@@ -14,6 +14,11 @@ from opt_torch.generation.decode import Noise, Step, repeat, watched
 from opt_torch.generation.processors import process
 from opt_torch.generation.state import Decoded, DecodeState
 
+#: Devices whose values the host need not wait for. Others it asks only every so many steps whether all
+#: rows have ended; what was computed beyond the end is dropped.
+AT_HAND = ("cpu",)
+PATIENCE = 16
+
 
 def search(
     plan: DecodePlan, state: DecodeState, step: Step, noise: Noise | None, watch: Watch | None
@@ -24,8 +29,13 @@ def search(
     the loop ends with the last row.
     """
 
+    at_hand = watch is not None or state.tokens.device.type in AT_HAND
+    patience = 1 if at_hand else PATIENCE
+
     def goes_on(state: DecodeState) -> bool:
-        return state.step < state.limit and not bool(state.finished.all())
+        if state.step >= state.limit or state.step % patience:
+            return state.step < state.limit
+        return not bool(state.finished.all())
 
     def advance(state: DecodeState) -> DecodeState:
         token = state.tokens[:, state.length - 1 : state.length]  # [B, 1]
@@ -34,7 +44,17 @@ def search(
 
     state = watched(choose(plan, state, noise), watch)
     state = repeat(goes_on, advance, state, watch)
-    return Decoded(state.tokens[:, plan.prompt_length :], state.step, state.cache)
+    tokens, length = state.tokens[:, plan.prompt_length :], state.step
+    if patience > 1:
+        length = columns_until_end(plan, tokens[:, :length])
+    return Decoded(tokens, length, state.cache)
+
+
+def columns_until_end(plan: DecodePlan, tokens: Tensor) -> int:
+    """How many columns of new tokens [B, any] there are until all rows have ended."""
+    ends = _is_end(plan, tokens)
+    ended = ends.int().cumsum(dim=1) - ends.int() > 0  # before this column
+    return int((~ended).any(dim=0).sum())
 
 
 def choose(plan: DecodePlan, state: DecodeState, noise: Noise | None) -> DecodeState:
@@ -48,6 +68,13 @@ def append(plan: DecodePlan, state: DecodeState, token: Tensor, scores: Tensor) 
     """The state with a column of tokens [B] that were chosen from these scores."""
     token = torch.where(state.finished, plan.pad_token_id, token)
     state.tokens[:, state.length] = token
-    ends = torch.tensor(plan.eos_token_ids, dtype=torch.long, device=token.device)
-    finished = state.finished | torch.isin(token, ends)
+    finished = state.finished | _is_end(plan, token)
     return replace(state, length=state.length + 1, finished=finished, scores=scores)
+
+
+def _is_end(plan: DecodePlan, tokens: Tensor) -> Tensor:
+    """Without a list of ids, which would have to be copied to the accelerator each time."""
+    found = torch.zeros_like(tokens, dtype=torch.bool)
+    for token_id in plan.eos_token_ids:
+        found |= tokens == token_id
+    return found

@@ -25,6 +25,7 @@ ALLOWED_IN_FILE: dict[str, set[str]] = {
     "opt_core/checkpoints/hdf5_writer.py": {"h5py"},
     "opt_core/checkpoints/zstd.py": {"zstandard"},
     "opt_torch/decoding_weights.py": {"torchao"},
+    "opt_torch/flash.py": {"flash_attn"},
     "opt_torch/offload.py": {"accelerate"},
     "opt_zoo/backends.py": FRAMEWORKS,  # runs in a process of its own, which loads one of them
 }

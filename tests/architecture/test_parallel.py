@@ -26,6 +26,8 @@ WEIGHTS = "Keras' fit takes weights of rows and labels"
 LINEN = "a Linen module holds no parameters; the class around it does"
 OFFLOAD = "accelerate places torch modules alone"
 STATE = "parameters live in the modules of torch alone"
+CUDA = "torch runs its kernels one by one, and its host asks an accelerator only where it must"
+FLASH = "FlashAttention-2 is told where the real tokens are, which a compiled program cannot see"
 
 #: (backend, file, names) -> why only one of torch and that backend has them; patterns are allowed.
 NAMES: dict[tuple[str, str, str], str] = {
@@ -43,6 +45,15 @@ NAMES: dict[tuple[str, str, str], str] = {
         "generation/*.py",
         "_MINUS_INF is_any_of",
     ): "named operations that torch has built in",
+    ("*", "generation/decode.py", "step_forward"): CUDA,
+    ("*", "generation/search.py", "AT_HAND PATIENCE columns_until_end _is_end"): CUDA,
+    ("*", "masks.py", "without_effect"): FLASH,
+    ("*", "model.py", "OPTDecoder._attention_dropout"): FLASH,
+    (
+        "flax",
+        "attention.py",
+        "CUDNN_BACKENDS CUDNN_DTYPES cudnn_attention _fused_attention",
+    ): "cuDNN's kernel is JAX's; torch's stand in flash.py",
     ("*", "generation/decode.py", "forward"): "the part of a step that is compiled alone",
     ("*", "generation/generate.py", "compiled_run"): "the loop is compiled as a whole",
     ("*", "generation/generate.py", "_randomness"): "a graph takes its randomness as an argument",
@@ -137,6 +148,8 @@ SIGNATURES: dict[tuple[str, str, str], str] = {
     ("flax", "model.py", "OPTModel.forward"): "the reference's order in that framework",
     ("flax", "task_heads.py", "*.forward"): "the order of the reference's other classes in Flax",
     ("*", "model.py", "OPTDecoder._bias"): GRAPH,
+    ("*", "model.py", "OPTDecoder._kernel"): FLASH,
+    ("*", "generation/decode.py", "decode_step"): CUDA,
     ("*", "generation/generate.py", "_noise"): "a graph takes its randomness as an argument",
     ("tf", "weights.py", "to_numpy resized"): "a Keras kernel is stored transposed",
     ("flax", "weights.py", "resized"): STATE,
@@ -150,8 +163,8 @@ TORCH = [
     if (file := path.relative_to(ROOT / "opt_torch").as_posix()) not in PARTS
 ]
 TWINS = [(backend, file) for backend in ("tf", "flax") for file in TORCH]
-#: Files of torch's own: the vendor's kernels, and accelerate.
-TORCH_ONLY = {"flash.py", "offload.py"}
+#: Files of torch's own: the vendor's kernels, CUDA graphs, and accelerate.
+TORCH_ONLY = {"flash.py", "generation/graphs.py", "offload.py"}
 #: Files of one backend for what the other frameworks have built in.
 OWN_FILES: dict[str, set[str]] = {
     "tf": {"_keras.py", "adapters.py", "export.py", "inputs.py", "training.py", *PARTS},

@@ -302,7 +302,7 @@ def test_options_that_do_not_exist() -> None:
     model = OPTForCausalLM.from_pretrained(GOLDEN / "pre_norm")
     with pytest.raises(InputError, match="batch_size: expected at least 1, found 0"):
         model.prepare_for_decoding(batch_size=0)
-    with pytest.raises(InputError, match="expected None or 'int8', found 'int3'"):
+    with pytest.raises(InputError, match="expected None, 'int8' or 'int4', found 'int3'"):
         model.prepare_for_decoding(weights="int3")
 
 
@@ -353,6 +353,48 @@ def test_int8_cannot_be_undone(int8_model: OPTForCausalLM, tmp_path: Path) -> No
     ):
         with pytest.raises(UnsupportedError, match="load the checkpoint again"):
             undoing()
+
+
+# Four bits: the product is a GPU's, the layout of the model is not.
+
+
+@pytest.fixture
+def int4_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets plain tensors of numbers in sixteen steps stand for torchao's."""
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def from_hp(weight: Tensor, block_size: list[int]) -> Tensor:
+        assert weight.dtype == torch.bfloat16 and block_size == [1, 128]
+        groups = F.pad(weight.float(), (0, -weight.shape[1] % 128)).unflatten(1, (-1, 128))
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        scale = (high - low) / 15
+        rounded = ((groups - low) / scale).round() * scale + low
+        return rounded.flatten(1)[:, : weight.shape[1]].contiguous()
+
+    monkeypatch.setattr(quantization.Int4TilePackedTo4dTensor, "from_hp", from_hp)
+    monkeypatch.setattr(decoding_weights, "INT4_DEVICES", ("cpu",))
+
+
+def test_int4_is_near(int4_here: None, int8_model: OPTForCausalLM, tmp_path: Path) -> None:
+    """The head stays, and what was rounded is rounded for good."""
+    ids = token_ids(int8_model, rows=3, length=5)
+    expected = logits(int8_model, ids)
+    int8_model.prepare_for_decoding(weights="int4")
+    assert 0 < relative_error(logits(int8_model, ids), expected) < 0.2
+    head = int8_model.lm_head
+    for linear in linears(int8_model):
+        assert (linear.decoding_weight is None) == (linear is head)
+        assert bool(linear.weight.numel()) == (linear is head)
+    with pytest.raises(UnsupportedError, match='weights="int4": its weights are rounded'):
+        int8_model.save_pretrained(tmp_path / "saved")
+
+
+def test_int4_on_a_cpu(int8_model: OPTForCausalLM) -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"expected weights on a CUDA device, found cpu\. Call"
+    ):
+        int8_model.prepare_for_decoding(weights="int4")
+    assert not is_prepared(int8_model)
 
 
 def test_int8_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
