@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 ORACLE_PYTHON ?= $(PYTHON)
+GPU_PYTHON ?= $(PYTHON)
+GPU_RESULTS := benchmarks/results/gpu
 VENV ?= .venv
 ENVIRONMENTS ?= .cache/oracle
 
@@ -16,7 +18,7 @@ TRAINERS := hf457 hf5
 PEERS_READY := $(PEERS:%=$(ENVIRONMENTS)/%/.ready)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow oracle golden lint format typecheck docs train-sums accuracy memory bench-decode bench-train generation-memory fuzz conversion wheel clean
+.PHONY: help demo test test-slow oracle gpu golden lint format typecheck docs train-sums accuracy memory bench-decode bench-train generation-memory fuzz conversion wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -33,6 +35,13 @@ test-slow: $(READY)  ## the tests that take more than a minute each, and those t
 oracle: $(READY) $(PEERS_READY)  ## compare live with transformers 4.37.2, 4.57.1, 5.23 and CTranslate2
 	OPT_ZOO_PEERS=$(ENVIRONMENTS) $(BIN)/python -m pytest -m oracle tests/oracle
 	$(BIN)/python docs/make_numerics.py
+
+gpu:  ## on a machine with a CUDA GPU, in GPU_PYTHON as it is: its tests, then its benchmarks
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu/test_torch.py
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu/test_flax.py
+	$(GPU_PYTHON) benchmarks/flash_attention.py --json $(GPU_RESULTS)/flash_attention.json --plot $(GPU_RESULTS)/flash_attention.png
+	$(GPU_PYTHON) benchmarks/gpu.py --json $(GPU_RESULTS)/gpu.json
+	$(GPU_PYTHON) docs/make_performance.py
 
 golden: $(ENVIRONMENTS)/hf437/.ready  ## remake the golden files with transformers 4.37.2
 	for script in tests/golden/make_*.py; do $(ENVIRONMENTS)/hf437/bin/python $$script || exit 1; done

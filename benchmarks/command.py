@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 
 def argument_parser(
     doc: str | None, columns: Iterable[str], rounds: int
@@ -45,7 +43,7 @@ def environment() -> dict[str, Any]:
     return {
         "processor": model,
         "cores": os.cpu_count(),
-        "memory": psutil.virtual_memory().total,
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.system(),
         "python": platform.python_version(),
     }

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import psutil
 
 WORKERS = Path(__file__).parent / "workers"
 #: How long workers are watched for work that goes on, and how much of a core is none, in seconds.
@@ -75,6 +74,8 @@ class Worker:
 
     def busy(self) -> float:
         """Seconds of processor time used so far."""
+        import psutil  # who makes tables of figures needs none
+
         times = psutil.Process(self.process.pid).cpu_times()
         return times.user + times.system
 

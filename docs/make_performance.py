@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the tables of docs/performance.md and README.md from what has been measured.
 
-python docs/make_performance.py   # after `make bench-decode`, `bench-train` or `generation-memory`
+python docs/make_performance.py   # after `make bench-decode`, `bench-train`, `generation-memory`, `gpu`
 """
 
 from __future__ import annotations
@@ -15,13 +15,19 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # runs in a source tree, installed or not
 
-from benchmarks import decode_report, train_report
+from benchmarks import decode_report, flash_report, gpu_jobs_report, train_report
 from benchmarks.decode_report import Race, errors_table, job_table, peers_table, summary_table
 from benchmarks.decode_table import JOBS, SIZES, TITLES
+from benchmarks.gpu_case import Results
+from benchmarks.gpu_report import machine as gpu_machine
+from benchmarks.gpu_table import JOBS as GPU_JOBS
 from benchmarks.tables import markdown
 from docs.make_numerics import BEGIN, replace_block
 
 RESULTS = ROOT / "benchmarks" / "results"
+#: Where `make gpu` writes.
+GPU_RESULTS = RESULTS / "gpu"
+GPU_PICTURE = "flash_attention.png"
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
 
 
@@ -93,6 +99,26 @@ def memory(cases: Sequence[Mapping[str, Any]]) -> str:
     return markdown(rows)
 
 
+def gpu(folder: Path) -> dict[str, str]:
+    """The block of what was measured on a GPU; none, so that the page stays as it is, if nothing was."""
+    parts = []
+    flash, jobs = folder / "flash_attention.json", folder / "gpu.json"
+    if flash.exists():
+        results = Results.read(flash)
+        parts += ["### FlashAttention in pure inference\n"]
+        if (folder / GPU_PICTURE).exists():
+            link = f"../{(folder / GPU_PICTURE).relative_to(ROOT).as_posix()}"
+            parts += [f"![Speed-ups over plain operations]({link})\n"]
+        parts += [flash_report.report(results.of("inference")), gpu_machine(results)]
+    if jobs.exists():
+        results = Results.read(jobs)
+        for section, job in GPU_JOBS.items():
+            if cases := results.of(section):
+                parts += [f"### On a GPU: {job.title}\n", gpu_jobs_report.report(results, cases)]
+        parts += [f"{gpu_jobs_report.card(results)}{gpu_machine(results)}"]
+    return {"gpu": "\n".join(parts)} if parts else {}
+
+
 def blocks() -> dict[str, str]:
     """The text of each block by its name."""
     found = json.loads((RESULTS / "decode.json").read_text())
@@ -105,6 +131,7 @@ def blocks() -> dict[str, str]:
         "details": details(races),
         "training": training(json.loads((RESULTS / "train.json").read_text())),
         "memory": memory(json.loads((RESULTS / "generation_memory.json").read_text())),
+        **gpu(GPU_RESULTS),
     }
 
 
