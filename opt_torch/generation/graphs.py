@@ -58,7 +58,7 @@ class Recording:
             position_ids=self.position_ids,
             past_key_values=KVCache(self.layers, self.length),
         )
-        self.replay, self.output = record(call)
+        self.replay, self.output = record(call, tokens.device)
 
     def __call__(
         self,
@@ -82,17 +82,20 @@ class Recording:
         return StepOutput(logits.clone(), hidden_states.clone(), KVCache(self.layers, length + 1))
 
 
-def record(call: Callable[[], StepOutput]) -> tuple[Callable[[], None], StepOutput]:
+def record(
+    call: Callable[[], StepOutput], device: torch.device
+) -> tuple[Callable[[], None], StepOutput]:
     """Returns what computes the call again, and the output that it writes to."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = call()
     return graph.replay, output
 
 
@@ -115,7 +118,7 @@ def replayed(
         mask, cache = arguments["attention_mask"], arguments["past_key_values"]
         if tokens.shape[1] != 1 or not isinstance(cache.length, Tensor):
             return forward(tokens, **arguments)
-        key: Key = (cache.layers[0].key.shape, mask is None, plan.dola_layers, *_autocast())
+        key: Key = (cache.layers[0].key.shape, mask is None, plan.dola_layers, *_modes())
         if key not in used:  # and no other call's, as long as this one runs
             known = kept.pop(key, None)
             used[key] = known or Recording(forward, tokens, **arguments)
@@ -170,5 +173,7 @@ def _places(model: nn.Module) -> Iterator[Any]:
             yield parameter.data_ptr()  # the same parameter may be given other data
 
 
-def _autocast() -> tuple[Any, ...]:
-    return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+def _modes() -> tuple[Any, ...]:
+    """What a call computes in; tensors made in inference mode cannot be written outside of it."""
+    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return *autocast, torch.is_inference_mode_enabled()

@@ -7,6 +7,7 @@ What these tests cannot tell is whether the real kernels do the same: tests/gpu 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
 
 from opt_core import OPTConfig, UnsupportedError
-from opt_torch import OPTForCausalLM, flash, model
+from opt_torch import OPTForCausalLM, attention, flash, model
 from tests.cases import case
 
 FLASH = "flash_attention_2"
@@ -356,3 +357,41 @@ def test_shapes_of_real_sizes(size: str) -> None:
         ).logits
     assert output.logits.shape == (2, 2048, config.vocab_size)
     assert logits.shape == (2, 1, config.vocab_size) and logits.dtype == torch.float16
+
+
+def test_a_mask_without_zeros_reaches_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then PyTorch's fused attention may take its own flash kernel."""
+    biases = []
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, bias: Any, *others: Any) -> Any:
+        biases.append(bias)
+        return attention.sdpa_attention(query, key, value, bias, *others)
+
+    monkeypatch.setitem(attention.KERNELS, "sdpa", spy)
+    whole = OPTForCausalLM.from_pretrained(case("pre_norm").folder)
+    mask = torch.ones((2, LENGTH), dtype=torch.long)
+    torch.testing.assert_close(
+        whole(tokens(2), attention_mask=mask).logits, whole(tokens(2)).logits, rtol=0, atol=0
+    )
+    assert biases and all(bias is None for bias in biases)
+    whole(tokens(2), attention_mask=torch.tensor(MASKS["left"]))
+    assert biases[-1] is not None
+
+
+def test_a_layer_keeps_only_what_is_asked_for() -> None:
+    """When it ends, no keys, values, weights or hidden states live on but those of the one before."""
+    config = OPTConfig.preset("opt-125m", num_hidden_layers=6, vocab_size=90)
+    ours = OPTForCausalLM(config, attn_implementation="eager").eval()
+    alive: list[weakref.ref[Tensor]] = []
+    counts: list[int] = []
+
+    def note(layer: Any, inputs: Any, outputs: Any) -> None:
+        hidden_states, weights, cache = outputs
+        counts.append(sum(found() is not None for found in alive))
+        alive.extend(weakref.ref(x) for x in (hidden_states, weights, cache.key, cache.value))
+
+    for layer in ours.model.decoder.layers:
+        layer.register_forward_hook(note)
+    with torch.no_grad():
+        ours(tokens(2), use_cache=False)
+    assert len(counts) == 6 and max(counts) <= 4

@@ -42,7 +42,9 @@ class Recorder:
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
-    def record(self, call: Callable[[], StepOutput]) -> tuple[Callable[[], None], StepOutput]:
+    def record(
+        self, call: Callable[[], StepOutput], device: torch.device
+    ) -> tuple[Callable[[], None], StepOutput]:
         for _ in range(graphs.WARM_UPS):
             call()
         output = call()
@@ -160,6 +162,15 @@ def test_other_weights(model: OPTForCausalLM, recorder: Recorder) -> None:
     model.prepare_for_decoding(batch_size=8)
     assert model.generate(prompts(3), **STATIC).tolist() == expected
     assert recorder.recorded == 3
+
+
+def test_inference_mode(model: OPTForCausalLM, recorder: Recorder) -> None:
+    """Whose tensors cannot be written outside of it."""
+    plain = model.generate(prompts(3), max_new_tokens=9).tolist()
+    with torch.inference_mode():
+        assert model.generate(prompts(3), **STATIC).tolist() == plain
+    assert model.generate(prompts(3), **STATIC).tolist() == plain
+    assert recorder.recorded == 2
 
 
 def test_adapters_are_recorded_for_one_call(model: OPTForCausalLM, recorder: Recorder) -> None:
