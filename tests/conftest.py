@@ -6,6 +6,7 @@ Three runtimes in one process fight over threads and memory, so a process tests 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import shutil
@@ -14,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from tests.backends.base import Backend
 from tests.cases import case
 
-settings.register_profile("busy machines", deadline=None)  # files are slow on some
-settings.load_profile("busy machines")
+with contextlib.suppress(
+    ModuleNotFoundError
+):  # a machine with a GPU may lack it: tests/gpu needs none
+    from hypothesis import settings
+
+    settings.register_profile("busy machines", deadline=None)  # files are slow on some
+    settings.load_profile("busy machines")
 
 BACKENDS = ("torch", "tf", "flax")
 
