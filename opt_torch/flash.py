@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -161,22 +160,27 @@ def _check(query: Tensor) -> None:
             f"{query.dtype}. Load the model with dtype=torch.float16, call model.half(), compute under "
             "torch.autocast, or load it with attn_implementation='sdpa'."
         )
-    if device.type == "cuda" and (capability := _capability(device)) < OLDEST_CAPABILITY:
+    if _is_old(device):
         raise UnsupportedError(
             "attn_implementation='flash_attention_2': expected a GPU of compute capability 8.0 or more "
-            f"(Ampere), found {capability[0]}.{capability[1]}. Use attn_implementation='sdpa'."
+            "(Ampere), found an older one. Use attn_implementation='sdpa'."
         )
 
 
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _is_old(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY
 
 
-@lru_cache(1)
 def kernels() -> Kernels:
-    """The package's functions, or PyTorch's own."""
-    return _of_package() or Kernels(_dense, _own_varlen(), drops=False)
+    """The package's functions, or PyTorch's own; looked for once, when the first model is made."""
+    if not _FOUND:
+        _FOUND.append(_of_package() or Kernels(_dense, _own_varlen(), drops=False))
+    return _FOUND[0]
+
+
+_FOUND: list[Kernels] = []
 
 
 def _of_package() -> Kernels | None:

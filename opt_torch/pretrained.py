@@ -17,6 +17,7 @@ from opt_core.resizing import resized_vocab_size
 from opt_torch.attention import DEFAULT_KERNEL, KERNELS
 from opt_torch.cache import KVCache
 from opt_torch.decoding_weights import prepare, restore
+from opt_torch.flash import kernels as find_flash_kernels
 from opt_torch.offload import Device, DeviceMap, MaxMemory, computing_device, place
 from opt_torch.weights import assign, canonical_arrays, initialize, resized
 
@@ -40,6 +41,8 @@ class OPTPreTrainedModel(nn.Module):
         super().__init__()
         self.config = config
         self.attn_implementation = attn_implementation or DEFAULT_KERNEL
+        if self.attn_implementation == "flash_attention_2":
+            find_flash_kernels()  # no compiled program could
         self.generation_config = GenerationConfig.from_model_config(config)
 
     def post_init(self) -> None:

@@ -26,6 +26,8 @@ Model = Any  # a model of the framework
 
 #: Outputs that are given as numpy arrays or lists of them.
 OUTPUTS = ("loss", "logits", "last_hidden_state", "hidden_states", "attentions", "past_key_values")
+#: Kernels of attention that need no accelerator.
+CPU_KERNELS = ("eager", "sdpa")
 
 
 class Backend(ABC):

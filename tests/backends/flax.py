@@ -19,19 +19,18 @@ from opt_core.generation.plan import DecodePlan
 from opt_core.generation.processors import LogitsProcessor
 from opt_core.params import param_table
 from opt_flax.activations import ACTIVATIONS
-from opt_flax.attention import KERNELS
 from opt_flax.generation.generate import LOOPS
 from opt_flax.generation.processors import APPLY, process
 from opt_flax.generation.state import DecodeState, StepOutput
 from opt_flax.weights import canonical_arrays
-from tests.backends.base import Array, Backend, canonical_shapes, nested, read_output
+from tests.backends.base import CPU_KERNELS, Array, Backend, canonical_shapes, nested, read_output
 
 
 class FlaxBackend(Backend):
     name = "flax"
     prefix = "Flax"
     package = opt_flax
-    kernels = tuple(KERNELS)
+    kernels = CPU_KERNELS
     applied = frozenset(APPLY)
 
     def activation(self, name: str, x: Array) -> Array:

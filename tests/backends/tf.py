@@ -19,19 +19,18 @@ from opt_core.generation.plan import DecodePlan
 from opt_core.generation.processors import LogitsProcessor
 from opt_core.params import param_table
 from opt_tf.activations import ACTIVATIONS
-from opt_tf.attention import KERNELS
 from opt_tf.generation.generate import LOOPS
 from opt_tf.generation.processors import APPLY, process
 from opt_tf.generation.state import DecodeState, StepOutput
 from opt_tf.weights import canonical_arrays, find_parameter
-from tests.backends.base import Array, Backend, canonical_shapes, nested, read_output
+from tests.backends.base import CPU_KERNELS, Array, Backend, canonical_shapes, nested, read_output
 
 
 class TFBackend(Backend):
     name = "tf"
     prefix = "TF"
     package = opt_tf
-    kernels = tuple(KERNELS)
+    kernels = CPU_KERNELS
     applied = frozenset(APPLY)
 
     def activation(self, name: str, x: Array) -> Array:

@@ -16,19 +16,18 @@ from opt_core.generation.plan import DecodePlan
 from opt_core.generation.processors import LogitsProcessor
 from opt_core.params import param_table
 from opt_torch.activations import ACTIVATIONS
-from opt_torch.attention import KERNELS
 from opt_torch.generation.generate import LOOPS
 from opt_torch.generation.processors import APPLY, process
 from opt_torch.generation.state import DecodeState, StepOutput
 from opt_torch.weights import canonical_arrays, find_parameter
-from tests.backends.base import Array, Backend, canonical_shapes, nested, read_output
+from tests.backends.base import CPU_KERNELS, Array, Backend, canonical_shapes, nested, read_output
 
 
 class TorchBackend(Backend):
     name = "torch"
     prefix = ""
     package = opt_torch
-    kernels = tuple(KERNELS)
+    kernels = CPU_KERNELS
     applied = frozenset(APPLY)
 
     def activation(self, name: str, x: Array) -> Array:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from opt_flax import FlaxOPTForCausalLM
-from opt_flax.attention import KERNELS
+from tests.backends.base import CPU_KERNELS
 from tests.cases import case
 
 GOLDEN = case("pre_norm")
@@ -23,7 +23,7 @@ LABELS = jnp.where(POSITIONS < 1, -100, IDS)
 TEXTS = [(0, slice(1, 4)), (0, slice(5, 7)), (1, slice(0, 4)), (1, slice(4, 8))]
 
 
-@pytest.fixture(scope="module", params=KERNELS)
+@pytest.fixture(scope="module", params=CPU_KERNELS)
 def model(request):
     return FlaxOPTForCausalLM.from_pretrained(GOLDEN.folder, attn_implementation=request.param)
 

@@ -12,8 +12,8 @@ import pytest
 
 from opt_core import InputError, UnsupportedError
 from opt_flax import FlaxOPTForCausalLM, KVCache
-from opt_flax.attention import KERNELS
 from opt_flax.generation.generate import compiled_run
+from tests.backends.base import CPU_KERNELS
 from tests.cases import GOLDEN
 
 CASES = ("post_norm", pytest.param("untied_gelu", marks=pytest.mark.slow))
@@ -66,7 +66,7 @@ def test_vmap_over_parameters(model, ids):
     close(found[1], model(ids, params=jax.tree.map(lambda x: 2 * x, model.params)).logits)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_gradient_is_the_slope(model, ids, kernel):
     """Against a difference quotient along one direction in the space of all parameters."""
     other = FlaxOPTForCausalLM(model.config, _do_init=False, attn_implementation=kernel)

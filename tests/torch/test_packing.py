@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opt_torch import OPTForCausalLM
-from opt_torch.attention import KERNELS
+from tests.backends.base import CPU_KERNELS
 from tests.cases import case
 
 POSITIONS = torch.tensor([[-1, 0, 1, 2, 0, 1, -1, -1], [0, 1, 2, 3, 0, 1, 2, 3]])
@@ -18,7 +18,7 @@ TEXTS = [(0, slice(1, 4)), (0, slice(4, 6)), (1, slice(0, 4)), (1, slice(4, 8))]
 
 
 @pytest.mark.filterwarnings("ignore:attn_implementation=")
-@pytest.mark.parametrize("kernel", [*KERNELS])
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
 def test_texts_in_a_compiled_program(kernel: str) -> None:
     """Logits and gradients, and of rows of one text in the same program; it has no graph breaks."""
     torch.compiler.reset()
