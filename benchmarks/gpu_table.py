@@ -91,11 +91,19 @@ def step_bytes(config: OPTConfig, matrices: float, others: float = 2.0) -> float
     """What one step of decoding reads: all weights but the table of positions, the head included.
 
     Args:
-        matrices: bytes of a number of the matrices that are multiplied.
+        matrices: bytes of a number of the matrices that are multiplied; less than one, of the layers'
+            alone, as the head has no less than the others.
         others: of biases and norms.
     """
+    head = matrices if matrices >= WIDTHS["int8"] else others
+
+    def width(name: str, kind: Kind) -> float:
+        if name == EMBEDDING_NAME:
+            return head
+        return matrices if _multiplies(name, kind) else others
+
     return sum(
-        math.prod(param.shape) * (matrices if _multiplies(param.name, param.spec.kind) else others)
+        math.prod(param.shape) * width(param.name, param.spec.kind)
         for param in param_table(config)
         if "embed_positions" not in param.name
     )
