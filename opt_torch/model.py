@@ -239,7 +239,8 @@ class OPTDecoder(nn.Module):
         if self.attn_implementation == "flash_attention_2":
             if isinstance(past_length, Tensor):  # a compiled program packs nothing
                 return KERNELS["sdpa"]
-            if not is_whole and not can_pack(self._attention_dropout):
+            dropout = self.config.attention_dropout if self.training else 0.0
+            if not is_whole and not can_pack(dropout):
                 _warn_once(
                     "packing",
                     "PyTorch's FlashAttention-2 has no dropout for rows with pads or several texts (or "
@@ -248,10 +249,6 @@ class OPTDecoder(nn.Module):
                 )
                 return KERNELS["sdpa"]
         return KERNELS[self.attn_implementation]
-
-    @property
-    def _attention_dropout(self) -> float:
-        return self.config.attention_dropout if self.training else 0.0
 
     def _check(
         self,

@@ -19,9 +19,8 @@ import pytest
 from tests.backends.base import Backend
 from tests.cases import case
 
-with contextlib.suppress(
-    ModuleNotFoundError
-):  # a machine with a GPU may lack it: tests/gpu needs none
+# A machine with a GPU may lack it: tests/gpu needs none.
+with contextlib.suppress(ModuleNotFoundError):
     from hypothesis import settings
 
     settings.register_profile("busy machines", deadline=None)  # files are slow on some

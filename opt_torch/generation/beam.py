@@ -16,7 +16,7 @@ from torch import Tensor
 from opt_core.generation.plan import DecodePlan
 from opt_core.generation.watching import Watch
 from opt_torch.generation.decode import Noise, Step, in_halves, repeat, watched
-from opt_torch.generation.processors import process
+from opt_torch.generation.processors import is_any_of, process
 from opt_torch.generation.state import Decoded, DecodeState
 
 #: The score of all beams of a group but one before the first step, since all are the same.
@@ -260,7 +260,7 @@ def decoded(plan: DecodePlan, state: BeamState) -> Decoded:
 
 
 def _is_end(plan: DecodePlan, tokens: Tensor) -> Tensor:
-    return torch.isin(tokens, torch.tensor(plan.eos_token_ids, device=tokens.device).long())
+    return is_any_of(tokens, plan.eos_token_ids)
 
 
 def _pick(values: Tensor, order: Tensor) -> Tensor:

@@ -168,6 +168,14 @@ def _forced(scores: Tensor, token_ids: tuple[int, ...], condition: bool) -> Tens
     return forced if condition else scores
 
 
+def is_any_of(tokens: Tensor, token_ids: tuple[int, ...]) -> Tensor:
+    """Which tokens [...] are among a few ids: no list of them is copied to an accelerator each time."""
+    found = torch.zeros_like(tokens, dtype=torch.bool)
+    for token_id in token_ids:
+        found |= tokens == token_id
+    return found
+
+
 APPLY: Mapping[type[p.LogitsProcessor], Callable[..., Tensor]] = {
     p.Guidance: guidance,
     p.SequenceBias: sequence_bias,

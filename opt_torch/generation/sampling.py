@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opt_core.generation import processors as p
-from opt_torch.generation.state import DecodeState
+from opt_torch.generation.state import AT_HAND, DecodeState
 
 #: So many of the likeliest tokens are looked at first: sorting all of them takes ten times as long.
 _LIKELIEST = 1024
@@ -77,7 +77,7 @@ def _lowest_of_mass(ranks: Tensor, scores: Tensor, mass: float, keep: int) -> Te
 
     vocab_size = scores.shape[-1]
     count = min(max(_LIKELIEST, keep), vocab_size)
-    if ranks.device.type != "cpu":  # nor is an accelerator waited for
+    if ranks.device.type not in AT_HAND:  # whether fewer suffice would have to be waited for
         count = vocab_size
     lowest, suffices = lowest_among(count)
     if count == vocab_size:

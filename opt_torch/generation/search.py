@@ -11,12 +11,11 @@ from torch import Tensor
 from opt_core.generation.plan import DecodePlan
 from opt_core.generation.watching import Watch
 from opt_torch.generation.decode import Noise, Step, repeat, watched
-from opt_torch.generation.processors import process
-from opt_torch.generation.state import Decoded, DecodeState
+from opt_torch.generation.processors import is_any_of, process
+from opt_torch.generation.state import AT_HAND, Decoded, DecodeState
 
-#: Devices whose values the host need not wait for. Others it asks only every so many steps whether all
-#: rows have ended; what was computed beyond the end is dropped.
-AT_HAND = ("cpu",)
+#: Where the host has to wait for values, it asks only every so many steps whether all rows have ended; what
+#: was computed beyond the end is dropped.
 PATIENCE = 16
 
 
@@ -52,7 +51,7 @@ def search(
 
 def columns_until_end(plan: DecodePlan, tokens: Tensor) -> int:
     """How many columns of new tokens [B, any] there are until all rows have ended."""
-    ends = _is_end(plan, tokens)
+    ends = is_any_of(tokens, plan.eos_token_ids)
     ended = ends.int().cumsum(dim=1) - ends.int() > 0  # before this column
     return int((~ended).any(dim=0).sum())
 
@@ -68,13 +67,5 @@ def append(plan: DecodePlan, state: DecodeState, token: Tensor, scores: Tensor) 
     """The state with a column of tokens [B] that were chosen from these scores."""
     token = torch.where(state.finished, plan.pad_token_id, token)
     state.tokens[:, state.length] = token
-    finished = state.finished | _is_end(plan, token)
+    finished = state.finished | is_any_of(token, plan.eos_token_ids)
     return replace(state, length=state.length + 1, finished=finished, scores=scores)
-
-
-def _is_end(plan: DecodePlan, tokens: Tensor) -> Tensor:
-    """Without a list of ids, which would have to be copied to the accelerator each time."""
-    found = torch.zeros_like(tokens, dtype=torch.bool)
-    for token_id in plan.eos_token_ids:
-        found |= tokens == token_id
-    return found

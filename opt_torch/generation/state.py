@@ -10,6 +10,9 @@ from torch import Tensor
 
 from opt_torch.cache import KVCache
 
+#: Devices whose values the host need not wait for.
+AT_HAND = ("cpu",)
+
 
 class Inputs(NamedTuple):
     """What a loop starts from: the prompts, to the right of their padding."""

@@ -43,12 +43,13 @@ NAMES: dict[tuple[str, str, str], str] = {
     (
         "tf",
         "generation/*.py",
-        "_MINUS_INF is_any_of",
+        "_MINUS_INF",
     ): "named operations that torch has built in",
+    ("flax", "generation/processors.py", "is_any_of"): "jnp.isin takes the ids as they are",
     ("*", "generation/decode.py", "step_forward"): CUDA,
-    ("*", "generation/search.py", "AT_HAND PATIENCE columns_until_end _is_end"): CUDA,
+    ("*", "generation/search.py", "PATIENCE columns_until_end"): CUDA,
+    ("*", "generation/state.py", "AT_HAND"): CUDA,
     ("*", "masks.py", "without_effect"): FLASH,
-    ("*", "model.py", "OPTDecoder._attention_dropout"): FLASH,
     (
         "flax",
         "attention.py",
