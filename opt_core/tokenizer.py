@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from tokenizers import AddedToken
 
-from opt_core import encodings, hub, tokenizer_files
+from opt_core import encodings, tokenizer_files
 from opt_core.arguments import one_of, refuse_unknown
 from opt_core.encodings import BatchEncoding, Token
 from opt_core.errors import InputError
@@ -110,8 +110,10 @@ class OPTTokenizer(Vocabulary):
         Raises HubError if it cannot be found, FormatError if a file is damaged, TypeError for an
         argument that the constructor does not have.
         """
+        from opt_core.hub import resolve
+
         refuse_unknown(overrides, cls.from_pretrained, cls.__init__)
-        folder = hub.resolve(
+        folder = resolve(
             name_or_path,
             revision=revision,
             subfolder=subfolder,

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, UnsupportedError
@@ -106,6 +106,24 @@ class DecodePlan(Generic[S]):
         return isinstance(self.strategy, ConstrainedBeamSearch | AssistedSearch) or any(
             isinstance(processor, p.HostProcessor) for processor in self.processors
         )
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What the processors' `p.NUMBER` fields hold: one compiled loop serves all values."""
+        return tuple(value for processor in self.processors for value in processor.numbers.values())
+
+    @property
+    def key(self) -> DecodePlan[S]:
+        """The plan without them: what a loop is compiled for."""
+        return self.with_numbers([0] * len(self.numbers))
+
+    def with_numbers(self, numbers: Iterable[Any]) -> DecodePlan[S]:
+        """The plan with others in their places, or with arrays inside a compiled loop."""
+        given = iter(numbers)
+        processors = [
+            replace(x, **{name: next(given) for name in x.numbers}) for x in self.processors
+        ]
+        return replace(self, processors=tuple(processors))
 
     def bucketed(self) -> DecodePlan[S]:
         """The plan with both lengths rounded up, so that few are compiled.

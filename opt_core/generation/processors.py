@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,9 +31,19 @@ class Endings(NamedTuple):
     biases: NDArray[np.float32]  # [n]
 
 
+#: Of a field that a compiled loop is told when it runs, so that another value compiles nothing.
+NUMBER = {"is_number": True}
+
+
 @dataclass(frozen=True)
 class LogitsProcessor:
     """One change to the scores [B, V] of the next token."""
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The fields with the metadata `NUMBER`."""
+        names = [x.name for x in fields(self) if x.metadata == NUMBER]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Guidance(LogitsProcessor):
     `unconditional + scale * (scores - unconditional)`, both as log-probabilities (arXiv:2306.17806).
     """
 
-    scale: float
+    scale: float = field(metadata=NUMBER)
 
 
 @dataclass(frozen=True)
@@ -79,21 +89,21 @@ class SequenceBias(LogitsProcessor):
 class Diversity(LogitsProcessor):
     """Subtracts `penalty` for each time that earlier beam groups chose the token at this step."""
 
-    penalty: float
+    penalty: float = field(metadata=NUMBER)
 
 
 @dataclass(frozen=True)
 class PromptRepetitionPenalty(LogitsProcessor):
     """Multiplies positive scores of the prompt's tokens, and divides negative ones."""
 
-    penalty: float
+    penalty: float = field(metadata=NUMBER)
 
 
 @dataclass(frozen=True)
 class RepetitionPenalty(LogitsProcessor):
     """Divides positive scores of tokens already in the row, and multiplies negative ones (CTRL)."""
 
-    penalty: float
+    penalty: float = field(metadata=NUMBER)
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ class NoRepeatNGram(LogitsProcessor):
 class MinLength(LogitsProcessor):
     """No end of sequence before the row has `length` columns."""
 
-    length: int
+    length: int = field(metadata=NUMBER)
     eos_token_ids: tuple[int, ...]
 
 
@@ -115,7 +125,7 @@ class MinLength(LogitsProcessor):
 class MinNewTokens(LogitsProcessor):
     """No end of sequence before `count` new tokens."""
 
-    count: int
+    count: int = field(metadata=NUMBER)
     eos_token_ids: tuple[int, ...]
 
 
@@ -238,7 +248,7 @@ class Renormalize(LogitsProcessor):
 class Temperature(LogitsProcessor):
     """Divides the scores."""
 
-    temperature: float
+    temperature: float = field(metadata=NUMBER)
 
 
 @dataclass(frozen=True)
@@ -255,7 +265,7 @@ class TopP(LogitsProcessor):
     Those equal to the lowest of them are kept too, so that no order of sorting decides.
     """
 
-    p: float
+    p: float = field(metadata=NUMBER)
     keep: int = 1
 
 
@@ -263,7 +273,7 @@ class TopP(LogitsProcessor):
 class MinP(LogitsProcessor):
     """Keeps tokens at least `p` times as likely as the likeliest; `keep` at least (arXiv:2407.01082)."""
 
-    p: float
+    p: float = field(metadata=NUMBER)
     keep: int = 1
 
 
@@ -274,7 +284,7 @@ class Typical(LogitsProcessor):
     arXiv:2202.00666.
     """
 
-    mass: float
+    mass: float = field(metadata=NUMBER)
     keep: int = 1
 
 
@@ -282,7 +292,7 @@ class Typical(LogitsProcessor):
 class Epsilon(LogitsProcessor):
     """Keeps tokens of at least this probability; the `keep` likeliest always (arXiv:2210.15191)."""
 
-    cutoff: float
+    cutoff: float = field(metadata=NUMBER)
     keep: int = 1
 
 
@@ -293,7 +303,7 @@ class Eta(LogitsProcessor):
     arXiv:2210.15191.
     """
 
-    cutoff: float
+    cutoff: float = field(metadata=NUMBER)
     keep: int = 1
 
 

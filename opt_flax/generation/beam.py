@@ -8,7 +8,6 @@ is room for: row (prompt, group, beam) is number `(prompt * G + group) * M + bea
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -102,12 +101,12 @@ def beam_search(
         return shown(plan, run(plan, state, drawn), watch)
 
     # As one program where nothing around it is compiled, unless it holds code of the caller.
-    run = choose if plan.needs_host else jax.jit(choose, static_argnames="plan")
+    run = choose if plan.needs_host else jax.jit(choose)
     beams = repeat(goes_on, advance, extended(first_beams(plan, state)), watch)
     return decoded(plan, closed(plan, beams, jnp.ones_like(beams.done)))
 
 
-@partial(jax.jit, static_argnames="plan")
+@jax.jit
 def first_beams(plan: DecodePlan, rows: DecodeState) -> BeamState:
     """The beams before the first step.
 
@@ -243,7 +242,7 @@ def shown(plan: DecodePlan, state: BeamState, watch: Watch | None) -> BeamState:
     return closed(plan, replace(state, rows=rows), stopped)
 
 
-@partial(jax.jit, static_argnames="plan")
+@jax.jit
 def closed(plan: DecodePlan, state: BeamState, stopped: Array) -> BeamState:
     """The state with the beams of some groups [B, 1 or G] among the hypotheses, as they are."""
     averages = state.scores / jnp.float32(state.rows.step) ** plan.strategy.length_penalty
@@ -253,7 +252,7 @@ def closed(plan: DecodePlan, state: BeamState, stopped: Array) -> BeamState:
     return replace(state, hypotheses=state.hypotheses.merged(found), done=state.done | stopped)
 
 
-@partial(jax.jit, static_argnames="plan")
+@jax.jit
 def decoded(plan: DecodePlan, state: BeamState) -> Decoded:
     """The best sequences of each prompt, from all of its groups, the best first."""
     found = Hypotheses(*(x.reshape(len(x), 1, -1, *x.shape[3:]) for x in state.hypotheses))

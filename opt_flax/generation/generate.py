@@ -165,7 +165,7 @@ def run(
     return loop(plan, state, step, draw, watch)
 
 
-@partial(jax.jit, static_argnames=("module", "plan"))
+@partial(jax.jit, static_argnames="module")
 def compiled_run(
     module: Any,
     plan: DecodePlan,

@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
+from opt_core.generation.plan import DecodePlan
 from opt_flax.cache import KVCache
+
+# A plan's numbers are told to a compiled loop when it runs; what else it says is what is compiled.
+jax.tree_util.register_pytree_node(
+    DecodePlan, lambda plan: (plan.numbers, plan.key), DecodePlan.with_numbers
+)
 
 
 class Inputs(NamedTuple):

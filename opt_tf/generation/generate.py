@@ -127,7 +127,8 @@ def generate(
     if on_host:
         decoded = run(model, wide, inputs, *randomness, watch, hooks.assistant_model)
     else:
-        decoded = compiled(model, compiled_run, wide)(inputs, *randomness)
+        numbers = [tf.constant(x) for x in wide.numbers]
+        decoded = compiled(model, compiled_run, wide.key)(inputs, *randomness, numbers)
     watch.end()
     return _output(plan, prompts, decoded, config, watch)
 
@@ -159,9 +160,10 @@ def compiled_run(
     inputs: Inputs,
     seed: Tensor | None,
     noise: Tensor | None,
+    numbers: list[Tensor],
 ) -> Decoded:
-    """`run`, compiled as a whole."""
-    return run(model, plan, inputs, seed, noise)._replace(cache=None)
+    """`run`, compiled as a whole, with the plan's numbers as they are at run time."""
+    return run(model, plan.with_numbers(numbers), inputs, seed, noise)._replace(cache=None)
 
 
 def _inputs(

@@ -48,6 +48,34 @@ def test_a_plan_is_a_key() -> None:
         first.max_new_tokens = 3
 
 
+NUMBERS: dict[str, Any] = {
+    "do_sample": True,
+    "guidance_scale": 1.5,
+    "encoder_repetition_penalty": 1.2,
+    "repetition_penalty": 1.1,
+    "min_length": 6,
+    "min_new_tokens": 2,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "min_p": 0.05,
+    "typical_p": 0.8,
+    "epsilon_cutoff": 0.01,
+    "eta_cutoff": 0.02,
+}
+
+
+def test_numbers_are_no_part_of_the_key() -> None:
+    """One compiled loop serves all their values."""
+    first = plan(**NUMBERS, top_k=7)
+    other = {name: value * 1.01 for name, value in NUMBERS.items() if isinstance(value, float)}
+    second = plan(**{**NUMBERS, **other, "min_length": 7, "min_new_tokens": 3}, top_k=7)
+    assert first.numbers == tuple(v for name, v in NUMBERS.items() if name != "do_sample")
+    assert not {*first.numbers} & {*second.numbers}
+    assert first != second and first.key == second.key and hash(first.key) == hash(second.key)
+    assert first.key.with_numbers(second.numbers) == second
+    assert plan(**NUMBERS, top_k=8).key != first.key  # which is a shape
+
+
 # --- strategies -----------------------------------------------------------------------------------
 
 BEAMS = {"num_beams": 4}

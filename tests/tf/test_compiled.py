@@ -140,6 +140,28 @@ def test_lengths_and_paddings_share_a_compilation(strategy):
     assert traces(model) == [1]
 
 
+def test_numbers_share_a_compilation():
+    """Another temperature, or another shortest length, is told to the same program."""
+    model = tiny(config=ROOMY)
+    sampling = {"do_sample": True, "seed": 3, "max_new_tokens": 8, "eos_token_id": 2}
+    drawn = {
+        tuple(
+            model.generate(
+                [[4, 5, 6]],
+                temperature=0.5 + count,
+                top_p=0.99 - 0.1 * count,
+                repetition_penalty=1.1 + count,
+                min_new_tokens=1 + count,
+                **sampling,
+            )
+            .numpy()[0]
+            .tolist()
+        )
+        for count in range(3)
+    }
+    assert traces(model) == [1] and len(drawn) > 1
+
+
 def test_steps_that_someone_watches_share_two_compilations():
     """One of the prompts, one of a token; where the loop runs on the host."""
     model = tiny(config=ROOMY)
