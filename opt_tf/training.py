@@ -55,6 +55,11 @@ class KerasModel(keras.Model):
         the sum of their weights.
         """
         labels = self.labels_in(x) if y is None else y
+        if isinstance(y_pred, tuple):
+            raise InputError(
+                "fit and evaluate: expected outputs with names, found a tuple, as config.return_dict "
+                "is False. Set it to True."
+            )
         if self.loss is not None:
             predictions = self.predictions_of(y_pred)
             return super().compute_loss(x, labels, predictions, sample_weight, training)

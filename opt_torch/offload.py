@@ -93,9 +93,13 @@ def place(
 
 def computing_device(module: nn.Embedding) -> torch.device:
     """Where a module computes: where its weight is, or will be brought."""
-    hook = getattr(module, "_hf_hook", None)
-    is_away = module.weight.is_meta and hook is not None
-    return torch.device(hook.execution_device) if is_away else module.weight.device
+    hook: Any = getattr(module, "_hf_hook", None)
+    return torch.device(hook.execution_device) if is_away(module) else module.weight.device
+
+
+def is_away(module: nn.Embedding | nn.Linear) -> bool:
+    """Whether the weight is brought in for each call."""
+    return module.weight.is_meta and getattr(module, "_hf_hook", None) is not None
 
 
 def _as_mapping(

@@ -18,7 +18,7 @@ from opt_torch.attention import DEFAULT_KERNEL, KERNELS
 from opt_torch.cache import KVCache
 from opt_torch.decoding_weights import prepare, restore
 from opt_torch.flash import kernels as find_flash_kernels
-from opt_torch.offload import Device, DeviceMap, MaxMemory, computing_device, place
+from opt_torch.offload import Device, DeviceMap, MaxMemory, computing_device, is_away, place
 from opt_torch.weights import assign, canonical_arrays, initialize, resized
 
 
@@ -94,10 +94,16 @@ class OPTPreTrainedModel(nn.Module):
 
         Raises:
             InputError: a number that is none, or too small for the special tokens.
+            UnsupportedError: weights that lie on disk.
         """
         size = resized_vocab_size(self.config, new_num_tokens, pad_to_multiple_of)
         table, head = self.get_input_embeddings(), self.get_output_embeddings()
         if size != self.config.vocab_size:
+            if any(is_away(module) for module in (table, head) if module is not None):
+                raise UnsupportedError(
+                    "resize_token_embeddings: expected weights in memory, found some that device_map "
+                    "left elsewhere. Load the model without it, resize, save, and load what was saved."
+                )
             restore(self)
             table.weight = resized(table.weight, size, self.config.init_std)
             table.num_embeddings = size

@@ -268,7 +268,10 @@ def _guides(
         is_last = xp.arange(tokens.shape[1]) == tokens.shape[1] - 1
         return tokens, xp.broadcast_to(is_last, tokens.shape).astype(np.int32)
     negative = GivenPrompts(given.negative_ids, given.negative_mask)
-    found = read_prompts(negative, options.replace(guidance_scale=None), config, xp)
+    try:
+        found = read_prompts(negative, options.replace(guidance_scale=None), config, xp)
+    except InputError as error:
+        raise InputError(f"negative_prompt_ids, which are read as prompts: {error}") from error
     if found.tokens.shape[0] != tokens.shape[0]:
         raise InputError(
             f"negative_prompt_ids: expected {tokens.shape[0]} rows, as many as input_ids has, found "

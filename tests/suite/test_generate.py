@@ -160,6 +160,12 @@ ERRORS: dict[str, tuple[Any, dict[str, Any], type[OPTError], str]] = {
     "no tokenizer": (IDS, {"stop_strings": "x"}, InputError, "needs the tokenizer"),
     "large bad word": (IDS, {"bad_words_ids": [[103]]}, InputError, "103 lies outside"),
     "negatives alone": (IDS, {"negative_prompt_ids": IDS}, InputError, "needs a guidance_scale"),
+    "large negative": (
+        IDS,
+        {"negative_prompt_ids": IDS + 103, "guidance_scale": 2.0},
+        InputError,
+        "negative_prompt_ids, .* token id 110",
+    ),
     "embeddings": (
         None,
         {"inputs_embeds": np.zeros((1, 2, 5), np.float32)},

@@ -346,6 +346,12 @@ def test_a_base_model_has_no_loss():
         compiled(TFOPTModel).fit(IDS, IDS, verbose=0)
 
 
+def test_outputs_without_names():
+    model = compiled(TFOPTForCausalLM, config=CONFIG.replace(return_dict=False))
+    with pytest.raises(InputError, match=r"return_dict.* is False. Set it to True"):
+        model.fit({"input_ids": IDS, "labels": IDS}, batch_size=12, verbose=0)
+
+
 def test_another_number_of_labels():
     """The labels of a checkpoint with another head are classes that this one does not have."""
     model = compiled(TFOPTForSequenceClassification, config=CONFIG.replace(num_labels=2))

@@ -120,6 +120,9 @@ def test_what_an_offloaded_model_refuses(tmp_path: Path) -> None:
         model.to("cpu")
     with pytest.raises(UnsupportedError, match="expected weights in memory"):
         model.prepare_for_decoding(weights="int8")
+    with pytest.raises(UnsupportedError, match="resize_token_embeddings: expected weights in mem"):
+        model.resize_token_embeddings(model.config.vocab_size + 8)
+    assert len(model.get_input_embeddings().weight) == model.config.vocab_size
     assert not [*tmp_path.iterdir()]
 
 
