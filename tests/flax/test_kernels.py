@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import opt_flax.attention as attention
-import opt_flax.model as model_module
-from opt_flax import FlaxOPTForCausalLM
+from opt_flax import FlaxOPTForCausalLM, decoder
 from tests.backends.base import CPU_KERNELS
 from tests.cases import GOLDEN
 
@@ -27,7 +26,7 @@ def seen(monkeypatch):
         return attention.sdpa_attention(query, key, value, bias, is_causal, head_mask, dropout)
 
     monkeypatch.setitem(attention.KERNELS, "sdpa", spy)
-    monkeypatch.setattr(model_module, "_told", {"sdpa"})
+    monkeypatch.setattr(decoder, "_told", {"sdpa"})
     return calls
 
 
@@ -54,7 +53,7 @@ def test_no_mask_stays_none(seen, fused):
 
 
 def test_attentions_and_head_mask_fall_back_to_eager(seen, fused, monkeypatch):
-    monkeypatch.setattr(model_module, "_told", set())
+    monkeypatch.setattr(decoder, "_told", set())
     with pytest.warns(UserWarning, match="run 'eager' instead"):
         fused([[5, 6]], output_attentions=True)
     fused([[5, 6]], head_mask=np.ones((3, 4)))  # said once

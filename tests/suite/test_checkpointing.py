@@ -84,7 +84,7 @@ def test_what_else_is_shown_stays(backend: Backend) -> None:
 def test_a_cache_is_dropped_and_the_user_told_once(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module(f"{backend.package.__name__}.model")
+    module = importlib.import_module(f"{backend.package.__name__}.decoder")
     monkeypatch.setattr(module, "_told", set())
     model = load(backend)
     options = {**BATCH, "train": True, "seed": 3}
