@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
 
 from opt_core import OPTConfig, UnsupportedError
-from opt_torch import OPTForCausalLM, attention, flash, model
+from opt_torch import OPTForCausalLM, attention, decoder, flash
 from tests.cases import case
 
 FLASH = "flash_attention_2"
@@ -81,7 +81,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lets the kernels be called on this machine, in float32; what was found of them is forgotten."""
     monkeypatch.setattr(flash, "DEVICES", ("cpu",))
     monkeypatch.setattr(flash, "DTYPES", (torch.float32, torch.float64))
-    monkeypatch.setattr(model, "_told", set())
+    monkeypatch.setattr(decoder, "_told", set())
     flash._FOUND.clear()
     yield
     flash._FOUND.clear()
