@@ -14,6 +14,7 @@ from jax import Array
 
 from opt_core import OPTConfig, UnsupportedError
 from opt_flax.cache import LayerCache
+from opt_flax.masks import Bias
 from opt_flax.parts import linear
 
 Dropout = Callable[[Array], Array]
@@ -25,7 +26,7 @@ def eager_attention(
     query: Array,
     key: Array,
     value: Array,
-    bias: Array | None,
+    bias: Bias | None,
     is_causal: bool,
     head_mask: Array | None,
     dropout: Dropout | None,
@@ -35,7 +36,7 @@ def eager_attention(
     Args:
         query: [B, N, T, H], already scaled.
         key, value: [B, N, S, H].
-        bias: [B or 1, 1, T, S] or None.
+        bias: which keys are hidden from which queries; None where none is.
         is_causal: not used: the caller gives this kernel a bias instead.
         head_mask: [N], or any shape that broadcasts to [B, N, T, S].
         dropout: drops attention weights [B, N, T, S]; None drops none.
@@ -43,11 +44,9 @@ def eager_attention(
     Returns:
         Context [B, N, T, H] and weights [B, N, T, S] (after the head mask, before dropout).
     """
+    scores = _seeing(query, bias) @ key.swapaxes(2, 3)  # [B, N, T, S]
     if bias is not None:
-        query, bias = _without_blind_rows(query, bias)
-    scores = query @ key.swapaxes(2, 3)  # [B, N, T, S]
-    if bias is not None:
-        scores = scores + bias
+        scores = scores + bias.values
     # Softmax in float32 whenever the activations have 16 bits.
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
@@ -61,7 +60,7 @@ def sdpa_attention(
     query: Array,
     key: Array,
     value: Array,
-    bias: Array | None,
+    bias: Bias | None,
     is_causal: bool,
     head_mask: Array | None,
     dropout: Dropout | None,
@@ -74,7 +73,7 @@ def cudnn_attention(
     query: Array,
     key: Array,
     value: Array,
-    bias: Array | None,
+    bias: Bias | None,
     is_causal: bool,
     head_mask: Array | None,
     dropout: Dropout | None,
@@ -94,22 +93,23 @@ def cudnn_attention(
 
 
 def _fused_attention(
-    query: Array, key: Array, value: Array, bias: Array | None, is_causal: bool, by: str
+    query: Array, key: Array, value: Array, bias: Bias | None, is_causal: bool, by: str
 ) -> Array:
     """[B, N, T, H]"""
-    if bias is not None:
-        query, bias = _without_blind_rows(query, bias)
+    query = _seeing(query, bias)
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, T or S, N, H]
+    values = None if bias is None else bias.values
     context = jax.nn.dot_product_attention(
-        query, key, value, bias, is_causal=is_causal, scale=1.0, implementation=by
+        query, key, value, values, is_causal=is_causal, scale=1.0, implementation=by
     )
     return context.swapaxes(1, 2)
 
 
-def _without_blind_rows(query: Array, bias: Array) -> tuple[Array, Array]:
-    """Lets a query that may see no key attend to all alike: exactly, in its gradient too."""
-    blind = bias.max(-1, keepdims=True) < 0  # [B or 1, 1, T, 1]
-    return jnp.where(blind, 0, query), jnp.where(blind, 0, bias)
+def _seeing(query: Array, bias: Bias | None) -> Array:
+    """The query with 0 where it may see no key."""
+    if bias is None or bias.blind is None:
+        return query
+    return jnp.where(bias.blind, 0, query)
 
 
 AttentionKernel = Callable[..., tuple[Array, Array | None]]
@@ -145,7 +145,7 @@ class OPTAttention(nn.Module):
         self,
         hidden_states: Array,
         kernel: AttentionKernel,
-        bias: Array | None = None,
+        bias: Bias | None = None,
         is_causal: bool = False,
         head_mask: Array | None = None,
         past: LayerCache | None = None,

@@ -19,7 +19,7 @@ from opt_core.params import POSITION_OFFSET, Kind, has_final_norm, projects_embe
 from opt_flax.attention import DEFAULT_KERNEL, KERNELS, AttentionKernel
 from opt_flax.cache import KVCache, LayerCache
 from opt_flax.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
-from opt_flax.masks import attention_bias, packed_texts, positions_from_mask
+from opt_flax.masks import Bias, attention_bias, packed_texts, positions_from_mask
 from opt_flax.outputs import BaseModelOutput
 from opt_flax.parts import Embed, is_readable, linear, recomputed, still_pads
 from opt_flax.weights import initializer
@@ -149,7 +149,7 @@ class OPTDecoder(nn.Module):
         self,
         hidden_states: Array,
         kernel: AttentionKernel,
-        bias: Array | None,
+        bias: Bias | None,
         is_causal: bool,
         head_mask: Array | None,
         past: KVCache | None,
@@ -219,8 +219,8 @@ class OPTDecoder(nn.Module):
         past: KVCache | None,
         total: int,
         texts: Array | None,
-    ) -> tuple[Array | None, bool]:
-        """The bias [B or 1, 1, T, S] and the causal flag that the kernel needs, as few as possible."""
+    ) -> tuple[Bias | None, bool]:
+        """The bias and the causal flag that the kernel needs, as few as possible."""
         length = hidden_states.shape[1]
         if attention_mask is None and texts is None and (past is None or past.length is None):
             if length == 1:  # one query sees all keys

@@ -14,6 +14,7 @@ from opt_core.params import LAYER_NORM_EPS, POSITION_OFFSET
 from opt_flax.activations import ACTIVATIONS
 from opt_flax.attention import AttentionKernel, OPTAttention
 from opt_flax.cache import LayerCache
+from opt_flax.masks import Bias
 from opt_flax.parts import in_float32, linear
 
 
@@ -59,7 +60,7 @@ class OPTDecoderLayer(nn.Module):
         self,
         hidden_states: Array,
         kernel: AttentionKernel,
-        bias: Array | None = None,
+        bias: Bias | None = None,
         is_causal: bool = False,
         head_mask: Array | None = None,
         past: LayerCache | None = None,

@@ -3,13 +3,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from opt_flax.parts import is_readable
+
+
+class Bias(NamedTuple):
+    """What is added to the scores of keys, and which queries may see none.
+
+    These attend to all keys alike, in their gradient too: the kernels set such a query to 0.
+    """
+
+    values: Array  # [B or 1, 1, T, S] the lowest finite number at keys that are hidden; else 0
+    blind: Array | None  # [B or 1, 1, T, 1]; None where each query sees itself
 
 
 def positions_from_mask(
@@ -55,17 +65,14 @@ def attention_bias(
     past_length: int | Array,
     dtype: Any,
     texts: Array | None = None,
-) -> Array:
-    """0 where a query may see a key, the dtype's lowest finite number where it may not.
+) -> Bias:
+    """What hides from a query the keys behind it, pads, and other texts.
 
     The lowest finite number, not -inf: a row in which every key is masked stays finite.
 
     Args:
         attention_mask: [B, S], 1 at real tokens; None where all are real.
         texts: [B or 1, T], which text a token belongs to and sees; None where there is one in a row.
-
-    Returns:
-        [B or 1, 1, T, S].
     """
     query = past_length + jnp.arange(query_length)[:, None]  # [T, 1]
     key = jnp.arange(key_length)  # [S]
@@ -74,4 +81,7 @@ def attention_bias(
         visible = visible & (attention_mask == 1)[:, None, None, :]  # [B, 1, T, S]
     if texts is not None:
         visible = visible & (texts[:, None, :, None] == texts[:, None, None, :])
-    return jnp.where(visible, jnp.zeros((), dtype), jnp.finfo(dtype).min)
+    blind = None if attention_mask is None else ~visible.any(axis=-1, keepdims=True)
+    if blind is not None:
+        visible = visible | blind
+    return Bias(jnp.where(visible, jnp.zeros((), dtype), jnp.finfo(dtype).min), blind)

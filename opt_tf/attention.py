@@ -12,6 +12,7 @@ from tensorflow import Tensor
 
 from opt_core import OPTConfig
 from opt_tf.cache import LayerCache
+from opt_tf.masks import Bias
 from opt_tf.parts import at_least_float32, in_float32, linear
 from opt_tf.parts import dropout as drop
 
@@ -20,7 +21,7 @@ def eager_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor | None,
+    bias: Bias | None,
     is_causal: bool,
     head_mask: Tensor | None,
     dropout: float,
@@ -31,7 +32,7 @@ def eager_attention(
     Args:
         query: [B, N, T, H], already scaled.
         key, value: [B, N, S, H].
-        bias: [B or 1, 1, T, S] or None.
+        bias: which keys are hidden from which queries; None where none is.
         is_causal: not used: the caller gives this kernel a bias instead.
         head_mask: [N], or any shape that broadcasts to [B, N, T, S].
         seed: of the dropout; None for none.
@@ -39,11 +40,9 @@ def eager_attention(
     Returns:
         Context [B, N, T, H] and weights [B, N, T, S] (after the head mask, before dropout).
     """
+    scores = tf.matmul(_seeing(query, bias), key, transpose_b=True)  # [B, N, T, S]
     if bias is not None:
-        query, bias = _without_blind_rows(query, bias)
-    scores = tf.matmul(query, key, transpose_b=True)  # [B, N, T, S]
-    if bias is not None:
-        scores = scores + bias
+        scores = scores + bias.values
     # Softmax in float32 whenever the activations have 16 bits.
     weights = tf.nn.softmax(tf.cast(scores, at_least_float32(scores.dtype)))
     weights = tf.cast(weights, value.dtype)
@@ -57,27 +56,27 @@ def sdpa_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor | None,
+    bias: Bias | None,
     is_causal: bool,
     head_mask: Tensor | None,
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Keras' attention; arguments and results as `eager_attention`, without dropout and weights."""
-    if bias is not None:
-        query, bias = _without_blind_rows(query, bias)
+    query = _seeing(query, bias)
     query, key, value = (_swap_axes(x) for x in (query, key, value))  # [B, T or S, N, H]
+    values = None if bias is None else bias.values
     context = keras.ops.dot_product_attention(
-        query, key, value, bias=bias, scale=1.0, is_causal=is_causal
+        query, key, value, bias=values, scale=1.0, is_causal=is_causal
     )
     return _swap_axes(context), None
 
 
-def _without_blind_rows(query: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Lets a query that may see no key attend to all alike: exactly, in its gradient too."""
-    blind = tf.reduce_max(bias, axis=-1, keepdims=True) < 0  # [B or 1, 1, T, 1]
-    query = tf.where(blind, tf.zeros((), query.dtype), query)
-    return query, tf.where(blind, tf.zeros((), bias.dtype), bias)
+def _seeing(query: Tensor, bias: Bias | None) -> Tensor:
+    """The query with 0 where it may see no key."""
+    if bias is None or bias.blind is None:
+        return query
+    return tf.where(bias.blind, tf.zeros((), query.dtype), query)
 
 
 def _swap_axes(x: Tensor) -> Tensor:
@@ -112,7 +111,7 @@ class OPTAttention(keras.layers.Layer):
         self,
         hidden_states: Tensor,
         kernel: AttentionKernel,
-        bias: Tensor | None = None,
+        bias: Bias | None = None,
         is_causal: bool = False,
         head_mask: Tensor | None = None,
         past: LayerCache | None = None,

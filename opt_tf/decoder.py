@@ -16,7 +16,7 @@ from opt_core.params import has_final_norm, projects_embeddings
 from opt_tf.attention import DEFAULT_KERNEL, KERNELS, AttentionKernel
 from opt_tf.cache import KVCache, LayerCache
 from opt_tf.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
-from opt_tf.masks import attention_bias, packed_texts, positions_from_mask
+from opt_tf.masks import Bias, attention_bias, packed_texts, positions_from_mask
 from opt_tf.outputs import BaseModelOutput
 from opt_tf.parts import FirstValue, existing_rows, linear, recomputed, still_pads
 
@@ -149,7 +149,7 @@ class OPTDecoder(keras.layers.Layer):
         self,
         hidden_states: Tensor,
         kernel: AttentionKernel,
-        bias: Tensor | None,
+        bias: Bias | None,
         is_causal: bool,
         head_mask: Tensor | None,
         past: KVCache | None,
@@ -236,8 +236,8 @@ class OPTDecoder(keras.layers.Layer):
         hidden_states: Tensor,
         past: KVCache | None,
         texts: Tensor | None,
-    ) -> tuple[Tensor | None, bool]:
-        """The bias [B or 1, 1, T, S] and the causal flag that the kernel needs, as few as possible."""
+    ) -> tuple[Bias | None, bool]:
+        """The bias and the causal flag that the kernel needs, as few as possible."""
         length = keras.ops.shape(hidden_states)[1]
         past_length = 0 if past is None else past.used
         if not isinstance(past_length, int) and past.length is not None:

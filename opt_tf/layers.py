@@ -13,6 +13,7 @@ from opt_core.params import LAYER_NORM_EPS, POSITION_OFFSET
 from opt_tf.activations import ACTIVATIONS
 from opt_tf.attention import AttentionKernel, OPTAttention
 from opt_tf.cache import LayerCache
+from opt_tf.masks import Bias
 from opt_tf.parts import FirstValue, dropout, existing_rows, in_float32, linear, split_seed
 
 
@@ -68,7 +69,7 @@ class OPTDecoderLayer(keras.layers.Layer):
         self,
         hidden_states: Tensor,
         kernel: AttentionKernel,
-        bias: Tensor | None = None,
+        bias: Bias | None = None,
         is_causal: bool = False,
         head_mask: Tensor | None = None,
         past: LayerCache | None = None,

@@ -3,10 +3,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_tf.parts import is_readable
+
+
+class Bias(NamedTuple):
+    """What is added to the scores of keys, and which queries may see none.
+
+    These attend to all keys alike, in their gradient too: the kernels set such a query to 0.
+    """
+
+    values: Tensor  # [B or 1, 1, T, S] the lowest finite number at keys that are hidden; else 0
+    blind: Tensor | None  # [B or 1, 1, T, 1]; None where each query sees itself
 
 
 def positions_from_mask(
@@ -52,17 +64,14 @@ def attention_bias(
     past_length: int | Tensor,
     dtype: tf.DType,
     texts: Tensor | None = None,
-) -> Tensor:
-    """0 where a query may see a key, the dtype's lowest finite number where it may not.
+) -> Bias:
+    """What hides from a query the keys behind it, pads, and other texts.
 
     The lowest finite number, not -inf: a row in which every key is masked stays finite.
 
     Args:
         attention_mask: [B, S], 1 at real tokens; None where all are real.
         texts: [B or 1, T], which text a token belongs to and sees; None where there is one in a row.
-
-    Returns:
-        [B or 1, 1, T, S].
     """
     query = past_length + tf.range(query_length)[:, None]  # [T, 1]
     key = tf.range(key_length)  # [S]
@@ -72,4 +81,8 @@ def attention_bias(
         visible = visible & real[:, None, None, :]  # [B, 1, T, S]
     if texts is not None:
         visible = visible & (texts[:, None, :, None] == texts[:, None, None, :])
-    return tf.where(visible, tf.zeros((), dtype), tf.constant(dtype.min, dtype))
+    blind = None
+    if attention_mask is not None:
+        blind = ~tf.reduce_any(visible, axis=-1, keepdims=True)
+        visible = visible | blind
+    return Bias(tf.where(visible, tf.zeros((), dtype), tf.constant(dtype.min, dtype)), blind)

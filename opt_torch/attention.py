@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from opt_core import OPTConfig
 from opt_torch.cache import LayerCache
 from opt_torch.flash import Packed, flash_attention
+from opt_torch.masks import Bias
 from opt_torch.parts import Linear, at_least_float32
 
 
@@ -18,7 +19,7 @@ def eager_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor | None,
+    bias: Bias | None,
     is_causal: bool,
     head_mask: Tensor | None,
     dropout: float,
@@ -28,18 +29,16 @@ def eager_attention(
     Args:
         query: [B, N, T, H], already scaled.
         key, value: [B, N, S, H].
-        bias: [B or 1, 1, T, S] or None.
+        bias: which keys are hidden from which queries; None where none is.
         is_causal: not used: the caller gives this kernel a bias instead.
         head_mask: [N], or any shape that broadcasts to [B, N, T, S].
 
     Returns:
         Context [B, N, T, H] and weights [B, N, T, S] (after the head mask, before dropout).
     """
+    scores = _seeing(query, bias) @ key.transpose(2, 3)  # [B, N, T, S]
     if bias is not None:
-        query, bias = _without_blind_rows(query, bias)
-    scores = query @ key.transpose(2, 3)  # [B, N, T, S]
-    if bias is not None:
-        scores = scores + bias
+        scores = scores + bias.values
     # Softmax in float32 whenever the activations have 16 bits.
     weights = F.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(value.dtype)
     if head_mask is not None:
@@ -52,24 +51,29 @@ def sdpa_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor | None,
+    bias: Bias | None,
     is_causal: bool,
     head_mask: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
     """PyTorch's fused attention; arguments and results as `eager_attention`, without weights."""
-    if bias is not None:
-        query, bias = _without_blind_rows(query, bias)
     context = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=is_causal, scale=1.0
+        _seeing(query, bias),
+        key,
+        value,
+        attn_mask=None if bias is None else bias.values,
+        dropout_p=dropout,
+        is_causal=is_causal,
+        scale=1.0,
     )
     return context, None
 
 
-def _without_blind_rows(query: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Lets a query that may see no key attend to all alike: exactly, in its gradient too."""
-    blind = bias.amax(-1, keepdim=True) < 0  # [B or 1, 1, T, 1]
-    return query.masked_fill(blind, 0), bias.masked_fill(blind, 0)
+def _seeing(query: Tensor, bias: Bias | None) -> Tensor:
+    """The query with 0 where it may see no key."""
+    if bias is None or bias.blind is None:
+        return query
+    return query.masked_fill(bias.blind, 0)
 
 
 AttentionKernel = Callable[..., tuple[Tensor, Tensor | None]]
@@ -100,7 +104,7 @@ class OPTAttention(nn.Module):
         self,
         hidden_states: Tensor,
         kernel: AttentionKernel,
-        bias: Tensor | Packed | None = None,
+        bias: Bias | Packed | None = None,
         is_causal: bool = False,
         head_mask: Tensor | None = None,
         past: LayerCache | None = None,

@@ -25,9 +25,14 @@ class LayerCache:
             return LayerCache(
                 torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
             )
-        columns: Any = slice(length, length + key.shape[2])
-        if isinstance(length, Tensor):
-            columns = length + torch.arange(key.shape[2], device=key.device)
+        count = key.shape[2]
+        columns: Any
+        if isinstance(length, int):
+            columns = slice(length, length + count)
+        elif count == 1:  # nothing to compute, in each layer of each step
+            columns = length[None]
+        else:
+            columns = length + torch.arange(count, device=key.device)
         self.key[:, :, columns] = key
         self.value[:, :, columns] = value
         return self

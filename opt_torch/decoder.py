@@ -19,7 +19,7 @@ from opt_torch.attention import DEFAULT_KERNEL, KERNELS, AttentionKernel
 from opt_torch.cache import KVCache, LayerCache
 from opt_torch.flash import Packed, can_pack, pack
 from opt_torch.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
-from opt_torch.masks import attention_bias, packed_texts, positions_from_mask, without_effect
+from opt_torch.masks import Bias, attention_bias, packed_texts, positions_from_mask, without_effect
 from opt_torch.outputs import BaseModelOutput
 from opt_torch.parts import Embedding, Linear, is_readable
 
@@ -127,7 +127,7 @@ class OPTDecoder(nn.Module):
         self,
         hidden_states: Tensor,
         kernel: AttentionKernel,
-        bias: Tensor | Packed | None,
+        bias: Bias | Packed | None,
         is_causal: bool,
         head_mask: Tensor | None,
         past: KVCache | None,
@@ -192,8 +192,8 @@ class OPTDecoder(nn.Module):
         past_length: int | Tensor,
         total: int,
         texts: Tensor | None,
-    ) -> tuple[Tensor | Packed | None, bool]:
-        """The bias [B or 1, 1, T, S] and the causal flag that the kernel needs, as few as possible.
+    ) -> tuple[Bias | Packed | None, bool]:
+        """The bias and the causal flag that the kernel needs, as few as possible.
 
         FlashAttention takes no bias, but where the real tokens are.
         """

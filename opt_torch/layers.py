@@ -12,6 +12,7 @@ from opt_torch.activations import ACTIVATIONS
 from opt_torch.attention import AttentionKernel, OPTAttention
 from opt_torch.cache import LayerCache
 from opt_torch.flash import Packed
+from opt_torch.masks import Bias
 from opt_torch.parts import Embedding, Linear
 
 
@@ -52,7 +53,7 @@ class OPTDecoderLayer(nn.Module):
         self,
         hidden_states: Tensor,
         kernel: AttentionKernel,
-        bias: Tensor | Packed | None = None,
+        bias: Bias | Packed | None = None,
         is_causal: bool = False,
         head_mask: Tensor | None = None,
         past: LayerCache | None = None,

@@ -3,10 +3,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from opt_torch.parts import is_concrete
+
+
+class Bias(NamedTuple):
+    """What is added to the scores of keys, and which queries may see none.
+
+    These attend to all keys alike, in their gradient too: the kernels set such a query to 0.
+    """
+
+    values: Tensor  # [B or 1, 1, T, S] the lowest finite number at keys that are hidden; else 0
+    blind: Tensor | None  # [B or 1, 1, T, 1]; None where each query sees itself
 
 
 def positions_from_mask(
@@ -58,17 +70,14 @@ def attention_bias(
     dtype: torch.dtype,
     device: torch.device,
     texts: Tensor | None = None,
-) -> Tensor:
-    """0 where a query may see a key, the dtype's lowest finite number where it may not.
+) -> Bias:
+    """What hides from a query the keys behind it, pads, and other texts.
 
     The lowest finite number, not -inf: a row in which every key is masked stays finite.
 
     Args:
         attention_mask: [B, S], 1 at real tokens; None where all are real.
         texts: [B or 1, T], which text a token belongs to and sees; None where there is one in a row.
-
-    Returns:
-        [B or 1, 1, T, S].
     """
     query = past_length + torch.arange(query_length, device=device)[:, None]  # [T, 1]
     key = torch.arange(key_length, device=device)  # [S]
@@ -77,5 +86,8 @@ def attention_bias(
         visible = visible & (attention_mask == 1)[:, None, None, :]  # [B, 1, T, S]
     if texts is not None:
         visible = visible & (texts[:, None, :, None] == texts[:, None, None, :])
+    blind = None if attention_mask is None else ~visible.any(dim=-1, keepdim=True)
+    if blind is not None:
+        visible = visible | blind
     bias = torch.zeros(visible.shape, dtype=dtype, device=device)
-    return bias.masked_fill(~visible, torch.finfo(dtype).min)
+    return Bias(bias.masked_fill(~visible, torch.finfo(dtype).min), blind)

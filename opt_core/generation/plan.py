@@ -29,6 +29,8 @@ from opt_core.generation.strategies import (
 
 #: Compiled loops are made for lengths that are multiples of this, of prompts and of new tokens.
 BUCKET = 32
+#: Caches of compiled loops have columns in multiples of this: of other masks, fused kernels make copies.
+ALIGNED = 8
 #: Below it, scores divided by the temperature would no longer be numbers of float32.
 LOWEST_TEMPERATURE = 1e-30
 #: Above it, in powers of ten, lengths with a length_penalty would no longer be numbers of float32.
@@ -93,7 +95,8 @@ class DecodePlan(Generic[S]):
     @property
     def capacity(self) -> int:
         fed_back = self.max_new_tokens - 1  # all but the last token
-        return self.prompt_length + fed_back + self.strategy.spare_columns
+        columns = self.prompt_length + fed_back + self.strategy.spare_columns
+        return -(-columns // ALIGNED) * ALIGNED if self.is_static else columns
 
     @property
     def is_guided(self) -> bool:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opt_core import OPTConfig
 from opt_core.generation import processors as p
@@ -103,6 +105,40 @@ def test_the_tokens_are_the_same(
     found = [model.generate(ids, **options, **STATIC) for ids in calls]
     assert [x.tolist() for x in found] == [x.tolist() for x in plain]
     assert 0 < recorder.recorded <= 4 and recorder.replayed > 5
+
+
+class Operations(TorchDispatchMode):
+    """The operations that launch a kernel each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aliases = [output.alias_info for output in op._schema.returns]
+        if not any(alias and not alias.is_write for alias in aliases):  # which views would have
+            self.names.append(op.overloadpacket.__name__)
+        return op(*args, **(kwargs or {}))
+
+
+def test_what_a_layer_computes_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is the same for all layers is computed once: each launch takes as long as a small product."""
+    found = []
+
+    def record(call: Callable[[], StepOutput], device: torch.device) -> Any:
+        with Operations() as operations:
+            output = call()
+        found.append(operations.names)
+        return call, output
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
+    for count in (1, 2):
+        model = OPTForCausalLM(CONFIG.replace(num_hidden_layers=count)).eval()
+        model.generate(prompts(3), **STATIC)
+    one, two = map(Counter, found)
+    assert sum((two - one).values()) == 16, two - one
+    assert not one - two
 
 
 def test_embeddings_and_a_cache(model: OPTForCausalLM, recorder: Recorder) -> None:
