@@ -36,12 +36,15 @@ oracle: $(READY) $(PEERS_READY)  ## compare live with transformers 4.37.2, 4.57.
 	OPT_ZOO_PEERS=$(ENVIRONMENTS) $(BIN)/python -m pytest -m oracle tests/oracle
 	$(BIN)/python docs/make_numerics.py
 
-gpu:  ## on a machine with a CUDA GPU, in GPU_PYTHON as it is: its tests, then its benchmarks
-	$(GPU_PYTHON) -m pytest -m gpu tests/gpu/test_torch.py
-	$(GPU_PYTHON) -m pytest -m gpu tests/gpu/test_flax.py
-	$(GPU_PYTHON) benchmarks/flash_attention.py --json $(GPU_RESULTS)/flash_attention.json --plot $(GPU_RESULTS)/flash_attention.png
-	$(GPU_PYTHON) benchmarks/gpu.py --json $(GPU_RESULTS)/gpu.json
-	$(GPU_PYTHON) docs/make_performance.py
+gpu:  ## on a machine with a CUDA GPU, in GPU_PYTHON as it is: its tests, then its benchmarks, all of them
+	@mkdir -p $(GPU_RESULTS); failed=0; run() { echo "$$@"; "$$@" || failed=1; }; \
+	for backend in torch flax; do \
+		run $(GPU_PYTHON) -m pytest -m gpu tests/gpu/test_$$backend.py --junitxml $(GPU_RESULTS)/test_$$backend.xml; \
+	done; \
+	run $(GPU_PYTHON) benchmarks/flash_attention.py --json $(GPU_RESULTS)/flash_attention.json --plot $(GPU_RESULTS)/flash_attention.png; \
+	run $(GPU_PYTHON) benchmarks/gpu.py --json $(GPU_RESULTS)/gpu.json; \
+	run $(GPU_PYTHON) docs/make_performance.py; \
+	exit $$failed
 
 golden: $(ENVIRONMENTS)/hf437/.ready  ## remake the golden files with transformers 4.37.2
 	for script in tests/golden/make_*.py; do $(ENVIRONMENTS)/hf437/bin/python $$script || exit 1; done
