@@ -81,7 +81,8 @@ def attention_bias(
         visible = visible & (attention_mask == 1)[:, None, None, :]  # [B, 1, T, S]
     if texts is not None:
         visible = visible & (texts[:, None, :, None] == texts[:, None, None, :])
-    blind = None if attention_mask is None else ~visible.any(axis=-1, keepdims=True)
-    if blind is not None:
+    blind = None
+    if attention_mask is not None:
+        blind = ~visible.any(axis=-1, keepdims=True)
         visible = visible | blind
     return Bias(jnp.where(visible, jnp.zeros((), dtype), jnp.finfo(dtype).min), blind)

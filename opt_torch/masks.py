@@ -86,8 +86,9 @@ def attention_bias(
         visible = visible & (attention_mask == 1)[:, None, None, :]  # [B, 1, T, S]
     if texts is not None:
         visible = visible & (texts[:, None, :, None] == texts[:, None, None, :])
-    blind = None if attention_mask is None else ~visible.any(dim=-1, keepdim=True)
-    if blind is not None:
+    blind = None
+    if attention_mask is not None:
+        blind = ~visible.any(dim=-1, keepdim=True)
         visible = visible | blind
     bias = torch.zeros(visible.shape, dtype=dtype, device=device)
     return Bias(bias.masked_fill(~visible, torch.finfo(dtype).min), blind)

@@ -96,7 +96,7 @@ class DecodePlan(Generic[S]):
     def capacity(self) -> int:
         fed_back = self.max_new_tokens - 1  # all but the last token
         columns = self.prompt_length + fed_back + self.strategy.spare_columns
-        return -(-columns // ALIGNED) * ALIGNED if self.is_static else columns
+        return _rounded_up(columns, ALIGNED) if self.is_static else columns
 
     @property
     def is_guided(self) -> bool:
@@ -133,16 +133,20 @@ class DecodePlan(Generic[S]):
 
         A loop that runs it is told at run time how many columns and tokens are meant.
         """
-        prompt_length = -(-self.prompt_length // BUCKET) * BUCKET
+        prompt_length = _rounded_up(self.prompt_length, BUCKET)
         pads = prompt_length - self.prompt_length
         return replace(
             self,
             prompt_length=prompt_length,
-            max_new_tokens=-(-self.max_new_tokens // BUCKET) * BUCKET,
+            max_new_tokens=_rounded_up(self.max_new_tokens, BUCKET),
             past_length=self.past_length and self.past_length + pads,
             is_padded=True,
             is_static=True,
         )
+
+
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 def make_plan(
