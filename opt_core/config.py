@@ -7,9 +7,10 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 from opt_core.errors import ConfigError
 from opt_core.files import JSON_LIMIT, atomic_write
@@ -243,8 +244,7 @@ class OPTConfig:
         extra = self.__dict__.get("extra", {})
         if name in extra:
             return extra[name]
-        close = difflib.get_close_matches(name, [*FIELDS, *extra], n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = _nearest(name, [*FIELDS, *extra])
         raise AttributeError(f"OPTConfig has no attribute {name!r}.{hint}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -333,36 +333,66 @@ class OPTConfig:
         """
         return cls.from_dict(read_json_object(Path(path)), **overrides)
 
+    @overload
     @classmethod
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str],
         *,
-        revision: str | None = None,
-        subfolder: str = "",
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
+        return_unused_kwargs: Literal[False] = False,
         **overrides: Any,
-    ) -> Self:
-        """Reads the config.json of a directory or of a model on the hub; keywords override it."""
-        from opt_core.hub import resolve
+    ) -> Self: ...
 
-        directory = resolve(
-            name_or_path,
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-            weights=False,
-        )
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        return_unused_kwargs: Literal[True],
+        **overrides: Any,
+    ) -> tuple[Self, dict[str, Any]]: ...
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        return_unused_kwargs: bool = False,
+        **overrides: Any,
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """Reads the config.json of a directory or of a model on the hub; keywords override it.
+
+        Args:
+            name_or_path: the directory, or the name on the hub.
+            return_unused_kwargs: returns (config, what is none of its fields) instead of a warning
+                that names it.
+            overrides: fields with other values; and where to look: revision, subfolder, token,
+                cache_dir, local_files_only, force_download.
+
+        Raises:
+            HubError: nothing found under that name.
+            ConfigError: no configuration there, or an invalid one.
+        """
+        from opt_core.hub import resolve, take_hub_options
+
+        directory = resolve(name_or_path, **take_hub_options(overrides), weights=False)
         path = directory / CONFIG_NAME
         if not path.is_file():
             raise ConfigError(f"{directory} holds no {CONFIG_NAME}. Is it a model directory?")
-        return cls.from_json_file(path, **{"_name_or_path": str(name_or_path), **overrides})
+        values = read_json_object(path)
+        known = _known_names(values)
+        unused = {key: overrides.pop(key) for key in [*overrides] if key not in known}
+        config = cls.from_dict(values, **{"_name_or_path": str(name_or_path), **overrides})
+        if return_unused_kwargs:
+            return config, unused
+        for name in unused:
+            warnings.warn(
+                f"OPTConfig.from_pretrained: {name} is ignored, since it is no field of this "
+                f"configuration.{_nearest(name, known)} Set config.{name} to add it.",
+                stacklevel=2,
+            )
+        return config
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes config.json into `directory`, which is made if need be."""
@@ -377,6 +407,18 @@ class OPTConfig:
 
     def __repr__(self) -> str:
         return f"OPTConfig {self.to_json_string()}"
+
+
+def _known_names(values: Mapping[str, Any]) -> list[str]:
+    """What may be overridden when a file is read: fields, what the file holds, options of generation."""
+    from opt_core.generation.config import FIELDS as OPTIONS
+
+    return [*FIELDS, "_name_or_path", "dtype", "num_labels", "use_return_dict", *OPTIONS, *values]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _checked_labels(labels: Any) -> dict[int, str]:

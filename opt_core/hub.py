@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
@@ -22,9 +24,39 @@ from opt_core.errors import HubError
 from opt_core.files import TEXT_FILES
 from opt_core.staging import complete
 
+#: Where a model is looked for: arguments of `resolve`.
+HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
+#: Accepted from code written for transformers, and without effect: loading is always lazy, and safe.
+HINTS = (
+    "low_cpu_mem_usage",
+    "mirror",
+    "resume_download",
+    "trust_remote_code",
+    "use_safetensors",
+)
+
 _WORD = r"[\w-][\w.-]*"
 _NAME = re.compile(f"{_WORD}(/{_WORD})?", re.ASCII)
 _FOLDER = re.compile(f"({_WORD}(/{_WORD})*/?)?", re.ASCII)
+
+
+def take_hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the arguments of `resolve` out of those of a `from_pretrained`, and what says nothing here.
+
+    `use_auth_token` is the older name of `token`. None of them is ever a field of a configuration.
+    """
+    found = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+    older = options.pop("use_auth_token", None)
+    if found.get("token") is None and older is not None:
+        found["token"] = older
+    if options.pop("proxies", None):
+        warnings.warn(
+            "proxies has no effect: set the environment variables HTTP_PROXY and HTTPS_PROXY.",
+            stacklevel=4,
+        )
+    for name in HINTS:
+        options.pop(name, None)
+    return found
 
 
 def resolve(

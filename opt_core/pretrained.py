@@ -19,25 +19,16 @@ from opt_core.config import CONFIG_NAME, FIELDS, OPTConfig
 from opt_core.errors import ConfigError, InputError
 from opt_core.formats import DEFAULT_FORMAT, FORMATS, shadows
 from opt_core.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
-from opt_core.hub import resolve
+from opt_core.hub import HUB_OPTIONS, resolve, take_hub_options
 from opt_core.loading import LoadReport, Source, match, resolve_dtype
 from opt_core.opening import find_config, open_weights
 from opt_core.params import Param
 from opt_core.saving import Outgoing, write_weights
 from opt_core.staging import staged
 
-#: Where a model is looked for; arguments of `opt_core.hub.resolve`.
-HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download")
 #: Of several kinds of weights in one place, those of that framework are taken. What a file holds is
 #: told by its names, so that each is read without these.
 PREFERRED = {"from_pt": "pt", "from_tf": "tf", "from_flax": "flax"}
-#: Accepted from code written for transformers, and without effect: loading is always lazy, and safe.
-HINTS = (
-    "low_cpu_mem_usage",
-    "use_safetensors",
-    "trust_remote_code",
-    "resume_download",
-)
 
 
 @dataclass(frozen=True)
@@ -93,10 +84,8 @@ def open_pretrained(
         CheckpointError: tensors are missing, unexpected or of another shape.
         FormatError: a damaged or unsafe file.
     """
-    hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+    hub = take_hub_options(options)
     prefer = next((name for hint, name in PREFERRED.items() if options.pop(hint, False)), None)
-    for hint in HINTS:
-        options.pop(hint, None)
     _check_overrides(options)
     directory = resolve(name_or_path, prefer=prefer, **hub)
     with ExitStack() as stack:  # closes the files if the checkpoint does not fit
@@ -118,7 +107,8 @@ def open_pretrained(
     config.torch_dtype = name
     generation_config = GenerationConfig.from_model_config(config)
     if (directory / GENERATION_CONFIG_NAME).is_file():
-        generation_config = GenerationConfig.from_json_file(directory / GENERATION_CONFIG_NAME)
+        read = GenerationConfig.from_json_file(directory / GENERATION_CONFIG_NAME)
+        generation_config = read.following(config)
     return Pretrained(config, generation_config, name, reader, sources, report)
 
 

@@ -7,9 +7,10 @@ import dataclasses
 import difflib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from opt_core.config import OPTConfig, read_json_object
 from opt_core.errors import InputError
@@ -90,6 +91,9 @@ class GenerationConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
+    #: What a model's configuration said of generation when these became the model's own options.
+    _followed: ClassVar[Mapping[str, Any] | None] = None
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = plain(getattr(self, field.name))
@@ -126,21 +130,57 @@ class GenerationConfig:
 
     @classmethod
     def of_call(
-        cls, given: object, default: object, options: Mapping[str, Any]
+        cls, given: object, default: object, config: OPTConfig, options: Mapping[str, Any]
     ) -> GenerationConfig:
         """The options of a call: its arguments beat `generation_config=`, which beats the model's.
+
+        Special tokens that `generation_config=` leaves out are the model's own; an argument None says
+        that there is none.
+
+        Args:
+            given: the argument `generation_config`, or None.
+            default: the model's own.
+            config: the model's configuration.
+            options: the other arguments.
 
         Raises:
             InputError: something else than a `GenerationConfig`, or an unknown option.
             ConfigError: a value out of its range.
         """
-        base = default if given is None else given
-        if not isinstance(base, GenerationConfig):
-            raise InputError(
-                f"generation_config: expected an opt_core.GenerationConfig, found "
-                f"{type(base).__name__}. GenerationConfig.from_dict makes one of a dictionary."
+        own = _checked(default)._updated(config, warn=given is None)
+        if given is None:
+            return own.replace(**options)
+        given = _checked(given)
+        left_out = {name for name in SPECIAL_TOKENS if getattr(given, name) is None}
+        tokens = {name: getattr(own, name) for name in left_out.difference(options)}
+        return given.replace(**tokens, **options)
+
+    def following(self, config: OPTConfig) -> Self:
+        """A copy as a model's own options: what is set in `config` later is used, with a warning.
+
+        As in the reference, until the model is given others.
+        """
+        copy = dataclasses.replace(self)
+        object.__setattr__(copy, "_followed", _generation_options(config))
+        return copy
+
+    def _updated(self, config: OPTConfig, *, warn: bool) -> Self:
+        """The options with what was set in the model's configuration since they followed it."""
+        if self._followed is None:
+            return self
+        changed = {
+            name: value
+            for name, value in _generation_options(config).items()
+            if value != self._followed.get(name)
+        }
+        if changed and warn:
+            warnings.warn(
+                f"Generation is controlled by what was set in the model's configuration "
+                f"({', '.join(sorted(changed))}). That is deprecated: set it in "
+                "model.generation_config, or pass it to generate.",
+                stacklevel=5,
             )
-        return base.replace(**options)
+        return self.replace(**changed)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -160,9 +200,7 @@ class GenerationConfig:
     @classmethod
     def from_model_config(cls, config: OPTConfig) -> Self:
         """The defaults of a model that brings no generation_config.json of its own."""
-        ids = {"pad_token_id": config.pad_token_id, "bos_token_id": config.bos_token_id}
-        legacy = {k: v for k, v in config.extra.items() if k in FIELDS or k in OTHER_OPTIONS}
-        return cls.from_dict({**legacy, **ids, "eos_token_id": config.eos_token_id})
+        return cls.from_dict(_generation_options(config)).following(config)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: what differs from the defaults, and the extras."""
@@ -176,8 +214,24 @@ class GenerationConfig:
         atomic_write(Path(directory) / GENERATION_CONFIG_NAME, text)
 
 
+def _checked(value: object) -> GenerationConfig:
+    if not isinstance(value, GenerationConfig):
+        raise InputError(
+            f"generation_config: expected an opt_core.GenerationConfig, found {type(value).__name__}. "
+            "GenerationConfig.from_dict makes one of a dictionary."
+        )
+    return value
+
+
+def _generation_options(config: OPTConfig) -> dict[str, Any]:
+    """What a model's configuration says of generation: its special tokens, and what old files hold."""
+    legacy = {k: v for k, v in config.extra.items() if k in FIELDS or k in OTHER_OPTIONS}
+    return legacy | {name: getattr(config, name) for name in SPECIAL_TOKENS}
+
+
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 #: Fields in which None says something other than the default.
-MEANINGFUL_NONE = ("top_k", "top_p", "typical_p", "pad_token_id", "bos_token_id", "eos_token_id")
+MEANINGFUL_NONE = ("top_k", "top_p", "typical_p", *SPECIAL_TOKENS)
 FIELDS = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name != "extra")
 #: Values of later versions that a file may hold, which say how to compute, not what.
 FOREIGN: Mapping[str, tuple[str, ...]] = {

@@ -101,7 +101,8 @@ def generate(
         UnsupportedError: an option that OPT models cannot have.
     """
     hooks = Hooks.taken_from(options)
-    config = GenerationConfig.of_call(generation_config, model.generation_config, options)
+    own = model.generation_config
+    config = GenerationConfig.of_call(generation_config, own, model.config, options)
     params = model.params if params is None else params
     past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
     embeds = None if inputs_embeds is None else jnp.asarray(inputs_embeds)

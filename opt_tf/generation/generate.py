@@ -100,7 +100,8 @@ def generate(
             "not inside a tf.function."
         )
     hooks = Hooks.taken_from(options)
-    config = GenerationConfig.of_call(generation_config, model.generation_config, options)
+    own = model.generation_config
+    config = GenerationConfig.of_call(generation_config, own, model.config, options)
     past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
     embeds = None if inputs_embeds is None else tf.convert_to_tensor(inputs_embeds)
     given = GivenPrompts(

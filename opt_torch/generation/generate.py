@@ -94,7 +94,8 @@ def generate(
         UnsupportedError: an option that OPT models cannot have.
     """
     hooks = Hooks.taken_from(options)
-    config = GenerationConfig.of_call(generation_config, model.generation_config, options)
+    own = model.generation_config
+    config = GenerationConfig.of_call(generation_config, own, model.config, options)
     past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
     embeds = None if inputs_embeds is None else torch.as_tensor(inputs_embeds, device=model.device)
     given = GivenPrompts(

@@ -117,6 +117,38 @@ def test_unknown_arguments_are_kept_and_written(tmp_path: Path) -> None:
     assert again.get("prefix") == "</s>" and again.get("suffix", 3) == 3
 
 
+def test_keywords_of_fetching_are_no_fields(tmp_path: Path) -> None:
+    """`use_auth_token="..."` was written into config.json by the next save."""
+    OPTConfig(embed_dim=16).save_pretrained(tmp_path)
+    config = OPTConfig.from_pretrained(
+        tmp_path,
+        use_auth_token="a-secret",
+        trust_remote_code=True,
+        resume_download=True,
+        proxies=None,
+        token="another-secret",
+        force_download=True,
+        embed_dim=32,  # of the file
+        max_length=50,  # of generation, as old files have it
+        num_labels=3,
+    )
+    assert config.extra == {"embed_dim": 32, "max_length": 50} and config.num_labels == 3
+    with pytest.warns(UserWarning, match="proxies has no effect.*HTTPS_PROXY"):
+        assert OPTConfig.from_pretrained(tmp_path, proxies={"https": "x"}).extra == {
+            "embed_dim": 16
+        }
+
+
+def test_keywords_that_are_no_fields_are_ignored_and_named(tmp_path: Path) -> None:
+    OPTConfig().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="hiden_size is ignored.*Did you mean 'hidden_size'"):
+        assert OPTConfig.from_pretrained(tmp_path, hiden_size=16) == OPTConfig()
+    config, unused = OPTConfig.from_pretrained(
+        tmp_path, foo=1, dropout=0.0, token="a-secret", return_unused_kwargs=True
+    )
+    assert (config, unused) == (OPTConfig(dropout=0.0), {"foo": 1})
+
+
 def test_an_unknown_attribute_names_the_nearest() -> None:
     with pytest.raises(AttributeError, match="no attribute 'hiden_size'.*'hidden_size'"):
         OPTConfig().hiden_size  # noqa: B018

@@ -210,6 +210,61 @@ def test_defaults_of_a_model_without_a_file() -> None:
     assert (config.max_length, config.do_sample) == (9, True)  # as old config.json files have it
 
 
+def test_special_tokens_that_a_given_configuration_leaves_out_are_the_models() -> None:
+    """It ran on past the end of the text: `GenerationConfig(max_new_tokens=6)` named no end."""
+    given = GenerationConfig(max_new_tokens=6)
+    found = GenerationConfig.of_call(given, OPTIONS, OPTConfig(), {})
+    assert found == given.replace(pad_token_id=1, bos_token_id=2, eos_token_id=2)
+    other = GenerationConfig.of_call(given.replace(eos_token_id=7), OPTIONS, OPTConfig(), {})
+    assert (other.eos_token_id, other.pad_token_id) == (7, 1)
+    assert given.eos_token_id is None  # as it was given
+
+
+def test_no_end_of_text_can_be_asked_for() -> None:
+    given = GenerationConfig(max_new_tokens=6)
+    assert not GenerationConfig.of_call(
+        given, OPTIONS, OPTConfig(), {"eos_token_id": None}
+    ).eos_token_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_length", 50), ("num_beams", 3), ("do_sample", True), ("eos_token_id", 5)],
+)
+def test_what_is_set_in_the_models_configuration_is_used(name: str, value: Any) -> None:
+    """As users of the reference did before there were generation configurations."""
+    model = OPTConfig(num_beams=2)
+    own = GenerationConfig.from_model_config(model)
+    assert GenerationConfig.of_call(None, own, model, {}) == own  # nothing was set since
+    setattr(model, name, value)
+    with pytest.warns(UserWarning, match=rf"\({name}\).*deprecated.*generation_config"):
+        found = GenerationConfig.of_call(None, own, model, {"max_new_tokens": 3})
+    assert found == own.replace(**{name: value}, max_new_tokens=3)
+
+
+def test_options_of_its_own_beat_what_is_set_in_a_models_configuration() -> None:
+    model = OPTConfig()
+    own = GenerationConfig.from_model_config(model)
+    model.max_length = 50
+    for other in (own.replace(max_length=9), GenerationConfig(max_length=9)):
+        assert GenerationConfig.of_call(None, other, model, {}).max_length == 9
+
+
+def test_a_configuration_read_from_a_file_follows_the_models(tmp_path: Path) -> None:
+    model = OPTConfig(max_length=9)
+    own = GenerationConfig(max_length=30, eos_token_id=3).following(model)
+    assert GenerationConfig.of_call(None, own, model, {}) == own  # what config.json says is older
+    model.max_length = 50
+    with pytest.warns(UserWarning, match="max_length"):
+        assert GenerationConfig.of_call(None, own, model, {}).max_length == 50
+
+
+def test_options_of_another_kind() -> None:
+    for given, own in (({"max_length": 3}, OPTIONS), (None, {"max_length": 3})):
+        with pytest.raises(InputError, match=r"expected an opt_core\.GenerationConfig, found dict"):
+            GenerationConfig.of_call(given, own, OPTConfig(), {})
+
+
 def test_files_of_later_versions_and_empty_lists_load() -> None:
     values = {
         "cache_implementation": "hybrid",

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opt_core import ConfigError, InputError, OPTError, UnsupportedError
+from opt_core import (
+    ConfigError,
+    GenerationConfig,
+    InputError,
+    OPTError,
+    OPTTokenizer,
+    UnsupportedError,
+)
+from opt_core.assets import TINY_SUMS
 from tests.backends.base import Array, Backend
 from tests.cases import CASES, case
 
@@ -249,3 +257,47 @@ def test_generation_leaves_the_prompt_as_it_is(backend: Backend, models: Any) ->
     before = {key: value.copy() for key, value in batch.items()}
     backend.generate(models("post_norm"), **batch, max_new_tokens=3)
     assert all(np.array_equal(batch[key], before[key]) for key in batch)
+
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 0.1},
+    "beams": {"num_beams": 3},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 3},
+    "groups": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "sampled beams": {"num_beams": 2, "do_sample": True, "temperature": 0.1},
+    "constrained": {"num_beams": 3, "force_words_ids": ((6,),)},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+    "DoLa": {"dola_layers": "low"},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_given_configuration_ends_with_the_text(backend: Backend, strategy: str) -> None:
+    """The embedded model says `</s>` after an answer; a configuration that names no end ran past it."""
+    if not backend.runs_all_programs and strategy not in ("greedy", "beams"):
+        pytest.skip("a program more: make test-slow")
+    model = backend.load(TINY_SUMS)
+    ids = np.array(OPTTokenizer.from_pretrained(TINY_SUMS)(["two plus two is"])["input_ids"])
+    given = {**STRATEGIES[strategy], "max_new_tokens": 12}
+    call = {"seed": 0} if given.get("do_sample") else {}
+    found = backend.generate(model, ids, generation_config=GenerationConfig(**given), **call)
+    assert found.tolist() == backend.generate(model, ids, **given, **call).tolist()
+    own = backend.config(model)
+    assert own.eos_token_id in found[0, ids.shape[1] :]
+    past = backend.generate(model, ids, **given, **call, eos_token_id=None)
+    assert past.shape[1] == ids.shape[1] + 12 > found.shape[1]
+
+
+def test_what_is_set_in_the_models_configuration_is_used(backend: Backend) -> None:
+    """`model.config.max_length = 9`, as users of the reference wrote before 4.26."""
+    model = backend.load(TINY_SUMS)
+    ids = np.array([[2, 5, 6, 7]])
+    backend.config(model).max_length = 9
+    backend.config(model).eos_token_id = None
+    with pytest.warns(UserWarning, match=r"\(eos_token_id, max_length\).*deprecated"):
+        assert backend.generate(model, ids).shape == (1, 9)
+    assert backend.generate(model, ids, generation_config=GenerationConfig(max_length=6)).shape == (
+        1,
+        6,
+    )
