@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,12 @@ from numpy.typing import NDArray
 
 from conversion.checkpoint import Checkpoint, open_checkpoint
 from conversion.plan import Work
-from opt_core.checkpoints.output import Blocks
 from opt_core.config import OPTConfig
 from opt_core.errors import CheckpointError, ConfigError
-from opt_core.loading import Source, match, tied_copies
+from opt_core.loading import Source, match, pairs, separate_head
 from opt_core.opening import open_weights
-from opt_core.params import ARCHITECTURES, EMBEDDING_NAME
+from opt_core.params import ARCHITECTURES
 from opt_core.saving import Progress
-
-_PIECE = 2**20  # elements
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ def check_written(work: Work, folder: Path, progress: Progress) -> None:
             name = out.param.name
             expected = out.source().blocks(False, out.dtype)
             found = written[name].blocks(False) if name in written else iter(())
-            if not all(_same_bits(x, y) for x, y in _pairs(expected, found)):
+            if not all(_same_bits(x, y) for x, y in pairs(expected, found)):
                 raise CheckpointError(
                     f"{name}: expected to read back what was written, found other values. Nothing "
                     "was converted. Is the disk sound?"
@@ -121,19 +117,22 @@ def check_written(work: Work, folder: Path, progress: Progress) -> None:
 
 def check_tied_head(checkpoint: Checkpoint, config: OPTConfig) -> None:
     """Raises CheckpointError for a head that is stored, tied, and not the embedding: it would be lost."""
-    copies = tied_copies(config, checkpoint.reader)
-    embedding = match(config, "OPTModel", checkpoint.reader)[0][EMBEDDING_NAME] if copies else None
-    for copy in copies:
-        if embedding is None or _compare(embedding, copy).difference != 0:
-            raise CheckpointError(
-                f"{checkpoint.directory}: expected {copy.tensor.name} to be the embedding again, as "
-                "tie_word_embeddings in config.json says, found other values. Set it to false to "
-                "keep this head, or remove the tensor."
-            )
+    name = separate_head(config, checkpoint.reader)
+    if name is not None:
+        raise CheckpointError(
+            f"{checkpoint.directory}: expected {name} to be the embedding again, as "
+            "tie_word_embeddings in config.json says, found other values. Set it to false to "
+            "keep this head, or remove the tensor."
+        )
 
 
 def _parameters(checkpoint: Checkpoint, config: OPTConfig) -> dict[str, Source]:
-    """Every parameter that a checkpoint holds, of whatever class of model."""
+    """Every parameter that a checkpoint holds, of whatever class of model.
+
+    A head that is stored and not the embedding is one, whatever the configuration says.
+    """
+    if separate_head(config, checkpoint.reader) is not None:
+        config = config.replace(tie_word_embeddings=False)
     found, report = match(config, checkpoint.architecture, checkpoint.reader)
     report.check(where=checkpoint.directory)
     used = {source.tensor.name for source in found.values()}
@@ -150,7 +149,7 @@ def _compare(first: Source, second: Source) -> TensorComparison:
     if first.shape != second.shape:
         return TensorComparison(first.param.name, shapes, dtypes, False, math.nan, math.nan)
     equal, difference, largest = dtypes[0] == dtypes[1], 0.0, 0.0
-    for x, y in _pairs(first.blocks(False), second.blocks(False)):
+    for x, y in pairs(first.blocks(False), second.blocks(False)):
         same = _same_bits(x, y)
         equal = equal and same
         left = x.astype(np.float64)
@@ -170,25 +169,3 @@ def _apart(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
 def _same_bits(x: NDArray[Any], y: NDArray[Any]) -> bool:
     return x.dtype == y.dtype and np.array_equal(x.view(np.uint8), y.view(np.uint8))
-
-
-def _pairs(first: Blocks, second: Blocks) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-    """The two streams of values in flat pieces of equal lengths; the last may be of unequal ones."""
-    left, right = _pieces(first), _pieces(second)
-    x, y = next(left, None), next(right, None)
-    while x is not None and y is not None:
-        length = min(len(x), len(y))
-        yield x[:length], y[:length]
-        x = x[length:] if length < len(x) else next(left, None)
-        y = y[length:] if length < len(y) else next(right, None)
-    if x is not None or y is not None:
-        nothing = np.empty(0)
-        yield (nothing if x is None else x), (nothing if y is None else y)
-
-
-def _pieces(blocks: Blocks) -> Iterator[NDArray[Any]]:
-    """The values of blocks in flat pieces that are small enough to be compared as float64."""
-    for block in blocks:
-        flat = block.reshape(-1)
-        for start in range(0, len(flat), _PIECE):
-            yield flat[start : start + _PIECE]

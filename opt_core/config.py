@@ -276,10 +276,9 @@ class OPTConfig:
         return self.from_dict(self.to_dict(), **{"_name_or_path": self.name_or_path, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form: all of OPT's own fields, the common ones that differ from their default."""
+        """The JSON form: all of OPT's own fields and whether the head is tied; of the rest what is set."""
         common: dict[str, Any] = {
             "architectures": list(self.architectures) if self.architectures else None,
-            "tie_word_embeddings": self.tie_word_embeddings,
             "return_dict": self.return_dict,
             "output_attentions": self.output_attentions,
             "output_hidden_states": self.output_hidden_states,
@@ -452,10 +451,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(OPTConfig))
-_OWN_FIELDS = FIELDS[: FIELDS.index("tie_word_embeddings")]  # the reference page's arguments
+#: Always in the JSON: the reference page's arguments, and what adapter libraries look for.
+_OWN_FIELDS = FIELDS[: FIELDS.index("tie_word_embeddings") + 1]
 _COMMON_DEFAULTS: Mapping[str, Any] = {
     "architectures": None,
-    "tie_word_embeddings": True,
     "return_dict": True,
     "output_attentions": False,
     "output_hidden_states": False,

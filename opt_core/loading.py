@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -217,6 +217,37 @@ def match(
     )
 
 
+def match_added(
+    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor], report: LoadReport
+) -> tuple[dict[str, LazyTensor], LoadReport]:
+    """Finds what a model has beyond the table, by its own names, among what `match` left over.
+
+    Args:
+        shapes: of the tensors of modules of the user's, by name.
+        tensors: the checkpoint's.
+        report: of `match`.
+
+    Returns:
+        The tensors that fit, and the report with all of these taken into account.
+    """
+    present = {name for name in shapes if name in (*report.unexpected, *report.other_heads)}
+    mismatched = {
+        name: f"{name}: expected {shapes[name]}, as the model has it, found {tensors[name].shape}."
+        for name in shapes
+        if name in present and tensors[name].shape != shapes[name]
+    }
+    found = {name: tensors[name] for name in present.difference(mismatched)}
+    missing = tuple(name for name in shapes if name not in present)
+    return found, replace(
+        report,
+        missing_head=(*report.missing_head, *missing),
+        unexpected=tuple(name for name in report.unexpected if name not in present),
+        other_heads=tuple(name for name in report.other_heads if name not in present),
+        mismatched=(*report.mismatched, *mismatched.values()),
+        mismatched_names=(*report.mismatched_names, *mismatched),
+    )
+
+
 def _find(dialect: Dialect, param: Param, tensors: Mapping[str, LazyTensor]) -> str | None:
     found = [name for name in dialect.spellings(param) if name in tensors]
     found = [name for name in found if not dialect.drops(name)] or found
@@ -275,15 +306,64 @@ def _tied_head(config: OPTConfig) -> Param | None:
     return head
 
 
-def tied_copies(config: OPTConfig, tensors: Mapping[str, LazyTensor]) -> list[Source]:
-    """The tied head, as often as a checkpoint stores it beside the embedding."""
+def separate_head(config: OPTConfig, tensors: Mapping[str, LazyTensor]) -> str | None:
+    """The name of a stored head that is not the embedding, though the configuration ties the two.
+
+    Values are read only where a checkpoint stores the head beside the embedding.
+
+    Raises:
+        CheckpointError: not an OPT checkpoint, or one parameter under two names.
+    """
     head = _tied_head(config)
     if head is None:
-        return []
-    dialect = recognise(tensors, param_table(config)[0])
+        return None
+    table = param_table(config)
+    dialect = recognise(tensors, table[0])
     names = tensors.keys() - _claimed(config, "OPTForCausalLM", dialect)
-    spellings = [name for name in dialect.spellings(head) if name in names]
-    return [Source(head, tensors[name], dialect.transposed(head)) for name in spellings]
+    copies = [name for name in dialect.spellings(head) if name in names]
+    embedding = _find(dialect, table[0], tensors) if copies else None
+    if embedding is None:
+        return None
+    source = Source(table[0], tensors[embedding], dialect.transposed(table[0]))
+    for name in copies:
+        if not _same_values(source, Source(head, tensors[name], dialect.transposed(head))):
+            return name
+    return None
+
+
+def _same_values(first: Source, second: Source) -> bool:
+    if first.tensor.lies_where(second.tensor):
+        return True
+    pieces = pairs(first.blocks(False), second.blocks(False))
+    return first.shape == second.shape and all(np.array_equal(x, y, True) for x, y in pieces)
+
+
+#: Elements of a piece.
+_PIECE = 2**20
+
+
+def pairs(
+    first: Iterable[np.ndarray], second: Iterable[np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Two streams of blocks in flat pieces of equal lengths; the last may be of unequal ones."""
+    left, right = _pieces(first), _pieces(second)
+    x, y = next(left, None), next(right, None)
+    while x is not None and y is not None:
+        length = min(len(x), len(y))
+        yield x[:length], y[:length]
+        x = x[length:] if length < len(x) else next(left, None)
+        y = y[length:] if length < len(y) else next(right, None)
+    if x is not None or y is not None:
+        nothing = np.empty(0)
+        yield (nothing if x is None else x), (nothing if y is None else y)
+
+
+def _pieces(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The values of blocks in flat pieces that are small enough to be compared as float64."""
+    for block in blocks:
+        flat = block.reshape(-1)
+        for start in range(0, len(flat), _PIECE):
+            yield flat[start : start + _PIECE]
 
 
 def _explain_mismatch(config: OPTConfig, source: Source) -> str:

@@ -51,7 +51,8 @@ def find_config(
     if isinstance(given, OPTConfig):
         return given.replace(**overrides)
     if given is not None and not Path(given).expanduser().is_file():
-        return OPTConfig.from_pretrained(given, **overrides)
+        named: OPTConfig = OPTConfig.from_pretrained(given, **overrides)
+        return named
     file = directory / CONFIG_NAME if given is None else Path(given).expanduser()
     if file.is_file():
         return OPTConfig.from_json_file(file, **overrides)

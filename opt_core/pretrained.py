@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +21,17 @@ from opt_core.errors import ConfigError, InputError
 from opt_core.formats import DEFAULT_FORMAT, FORMATS, shadows
 from opt_core.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from opt_core.hub import HUB_OPTIONS, resolve, take_hub_options
-from opt_core.loading import LoadReport, Source, match, resolve_dtype
+from opt_core.loading import (
+    LoadReport,
+    Source,
+    match,
+    match_added,
+    resolve_dtype,
+    separate_head,
+)
 from opt_core.opening import find_config, open_weights
 from opt_core.params import Param
-from opt_core.saving import Outgoing, write_weights
+from opt_core.saving import Added, Outgoing, write_weights
 from opt_core.staging import staged
 
 #: Of several kinds of weights in one place, those of that framework are taken. What a file holds is
@@ -44,6 +52,33 @@ class Pretrained:
     reader: CheckpointReader
     sources: dict[str, Source]
     report: LoadReport
+    where: str  # what messages call it
+    ignore_mismatched_sizes: bool
+    output_loading_info: bool
+
+    def check(
+        self, added: Mapping[str, tuple[int, ...]] | None = None
+    ) -> tuple[dict[str, LazyTensor], LoadReport]:
+        """Holds what is missing, unexpected or of another shape against what the caller asked for.
+
+        Args:
+            added: names and shapes of what the model has beyond the parameter table.
+
+        Returns:
+            The tensors found for these, and the report.
+
+        Raises:
+            CheckpointError: tensors are missing, unexpected or of another shape.
+        """
+        found, report = match_added(added or {}, self.reader, self.report)
+        report.check(
+            where=self.where,
+            ignore_mismatched_sizes=self.ignore_mismatched_sizes,
+            tolerate=self.output_loading_info,
+        )
+        if not self.output_loading_info:
+            report.warn_of_new_head(self.where)
+        return found, report
 
     def __enter__(self) -> Self:
         return self
@@ -61,6 +96,7 @@ def open_pretrained(
     torch_dtype: Any = None,
     ignore_mismatched_sizes: bool = False,
     output_loading_info: bool = False,
+    defer_check: bool = False,
     **options: Any,
 ) -> Pretrained:
     """Finds a checkpoint, reads its configuration and holds its tensors against the table.
@@ -73,6 +109,7 @@ def open_pretrained(
         torch_dtype: the same, by its older name.
         ignore_mismatched_sizes: tensors of another shape keep their initial values.
         output_loading_info: the caller takes the report of missing and unexpected tensors itself.
+        defer_check: the caller calls `Pretrained.check`, which raises about them, itself.
         options: where to look (revision, subfolder, token, cache_dir, local_files_only,
             force_download), which files to take where there are several (from_pt, from_tf,
             from_flax), and fields of the configuration to override.
@@ -94,22 +131,44 @@ def open_pretrained(
         config = find_config(config, directory, reader, **options)
         if config is None:
             raise ConfigError(f"{directory} holds no {CONFIG_NAME}. Is it a model directory?")
+        if architecture == "OPTForCausalLM":
+            config = _as_tied(config, reader, name_or_path)
         sources, report = match(config, architecture, reader)
-        report.check(
-            where=name_or_path,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            tolerate=output_loading_info,
-        )
-        if not output_loading_info:
-            report.warn_of_new_head(name_or_path)
         name = resolve_dtype(dtype if torch_dtype is None else torch_dtype, config, reader)
+        config.torch_dtype = name
+        generation_config = GenerationConfig.from_model_config(config)
+        if (directory / GENERATION_CONFIG_NAME).is_file():
+            read = GenerationConfig.from_json_file(directory / GENERATION_CONFIG_NAME)
+            generation_config = read.following(config)
+        found = Pretrained(
+            config,
+            generation_config,
+            name,
+            reader,
+            sources,
+            report,
+            str(name_or_path),
+            ignore_mismatched_sizes,
+            output_loading_info,
+        )
+        if not defer_check:
+            found.check()
         stack.pop_all()
-    config.torch_dtype = name
-    generation_config = GenerationConfig.from_model_config(config)
-    if (directory / GENERATION_CONFIG_NAME).is_file():
-        read = GenerationConfig.from_json_file(directory / GENERATION_CONFIG_NAME)
-        generation_config = read.following(config)
-    return Pretrained(config, generation_config, name, reader, sources, report)
+    return found
+
+
+def _as_tied(config: OPTConfig, reader: CheckpointReader, where: object) -> OPTConfig:
+    """The configuration, untied if the checkpoint has a head that is not the embedding."""
+    head = separate_head(config, reader)
+    if head is None:
+        return config
+    warnings.warn(
+        f"{where}: tie_word_embeddings says that the head is the embedding, but {head} holds other "
+        "values: loaded as a head of its own, and tie_word_embeddings set to False. Write False into "
+        "config.json, or remove the tensor.",
+        stacklevel=4,
+    )
+    return config.replace(tie_word_embeddings=False)
 
 
 def _check_overrides(overrides: dict[str, Any]) -> None:
@@ -129,6 +188,7 @@ def save_pretrained(
     tensors: Iterable[tuple[Param, np.dtype[Any], Callable[[], np.ndarray]]],
     *,
     own_format: str,
+    added: Iterable[Added] = (),
     max_shard_size: int | str = "5GB",
     safe_serialization: bool = True,
 ) -> None:
@@ -139,6 +199,7 @@ def save_pretrained(
         tensors: each parameter in table order, its dtype, and a function that gives its values in
             canonical layout; called one at a time.
         own_format: the framework's own format, written if not `safe_serialization`.
+        added: what modules of the user's hold beyond the table.
         max_shard_size: bytes, or such as "5GB"; a larger model is written as shards with an index.
         safe_serialization: safetensors, which every framework here reads.
 
@@ -153,7 +214,8 @@ def save_pretrained(
     ]
     dtype = str(outgoing[0].dtype)
     with staged(directory, obsolete=partial(shadows, format.layout)) as folder:
-        write_weights(folder, outgoing, format, architecture, max_shard_size=max_shard_size)
+        everything: list[Outgoing | Added] = [*outgoing, *added]
+        write_weights(folder, everything, format, architecture, max_shard_size=max_shard_size)
         config.replace(architectures=[architecture], torch_dtype=dtype).save_pretrained(folder)
         generation_config.save_pretrained(folder)
 

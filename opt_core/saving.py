@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from opt_core.checkpoints import CheckpointWriter, TensorInfo
+from opt_core.checkpoints import CheckpointWriter, LazyTensor, TensorInfo
 from opt_core.checkpoints.output import Blocks, nbytes
 from opt_core.formats import Format
 from opt_core.loading import Source
@@ -46,10 +46,30 @@ class Outgoing:
         shape = param.shape[::-1] if dialect.transposed(param) else param.shape
         return TensorInfo(dialect.name(param, architecture), self.dtype, shape, folder)
 
+    def blocks(self, format: Format) -> Blocks:
+        """Its values, a few megabytes at a time, as files of that format hold them."""
+        return self.source().blocks(format.dialect.transposed(self.param), self.dtype)
+
+
+@dataclass(frozen=True)
+class Added:
+    """A tensor beyond the parameter table, of a module of the user's: written under its own name."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    def info(self, format: Format, architecture: str, folder: Path) -> TensorInfo:
+        return TensorInfo(self.name, self.dtype, self.shape, folder)
+
+    def blocks(self, format: Format) -> Blocks:
+        return LazyTensor.from_array(self.name, self.read()).blocks()
+
 
 def write_weights(
     folder: Path,
-    outgoing: Sequence[Outgoing],
+    outgoing: Sequence[Outgoing | Added],
     format: Format,
     architecture: str,
     *,
@@ -92,11 +112,11 @@ def write_weights(
 
 
 def _blocks(
-    outgoing: Sequence[tuple[Outgoing, str]], format: Format
+    outgoing: Sequence[tuple[Outgoing | Added, str]], format: Format
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The values of all tensors, block by block, each with the name of its tensor."""
     for out, name in outgoing:
-        for block in out.source().blocks(format.dialect.transposed(out.param), out.dtype):
+        for block in out.blocks(format):
             yield name, block
 
 

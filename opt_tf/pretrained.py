@@ -84,6 +84,13 @@ class TFOPTPreTrainedModel(KerasModel):
         if is_own and self.config.tie_word_embeddings:
             self._replace(self, "lm_head", None)
 
+    @property
+    def _actual_config(self) -> OPTConfig:
+        """The configuration as the head is: untied where it is no longer the embedding."""
+        if self.get_output_embeddings() in (None, self.get_input_embeddings()):
+            return self.config
+        return self.config.replace(tie_word_embeddings=False)
+
     def get_input_embeddings(self) -> keras.layers.Embedding:
         return self._decoder.embed_tokens
 
@@ -175,7 +182,7 @@ class TFOPTPreTrainedModel(KerasModel):
 
     def num_parameters(self) -> int:
         """The number of scalars, the tied head counted once."""
-        return num_parameters(self.config, self.architecture)
+        return num_parameters(self._actual_config, self.architecture)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty fixed cache, to be passed as `past_key_values`."""
@@ -257,13 +264,13 @@ class TFOPTPreTrainedModel(KerasModel):
             version: of that.
             signatures: of that; by default "serving_default" of int32 ids and "int64_serving".
         """
-        tensors = canonical_arrays(self, self.config, self.architecture)
+        config, arch = self._actual_config, self.architecture
         save_pretrained(
             directory,
-            self.config,
+            config,
             self.generation_config,
-            self.architecture,
-            tensors,
+            arch,
+            canonical_arrays(self, config, arch),
             own_format="h5",
             max_shard_size=max_shard_size,
             safe_serialization=safe_serialization,

@@ -178,7 +178,7 @@ class KerasModel(keras.Model):
         """What a `.keras` file records of the model's making."""
         return {
             **keras.layers.Layer.get_config(self),
-            "config": self.config.to_dict(),
+            "config": self._actual_config.to_dict(),
             "attn_implementation": self.attn_implementation,
             "quantized": record(self),
             "lora": self.lora,

@@ -109,8 +109,10 @@ def canonical_arrays(
 
     Raises:
         InputError: the configuration asks for a head of its own, which was not set.
-        UnsupportedError: quantized layers, whose integers are not the parameters.
+        UnsupportedError: quantized layers, whose integers are not the parameters; layers beyond the
+            table.
     """
+    _refuse_added(model, config, arch)
     for param in param_table(config, arch):
         layer, leaf = find_parameter(model, param, arch)
         if layer is None:
@@ -127,6 +129,22 @@ def canonical_arrays(
         variable = next(v for v in layer.variables if v.name == leaf)
         dtype = MODEL_DTYPES[keras.backend.standardize_dtype(variable.dtype)]
         yield param, dtype, partial(_merged, layer, variable, param.transposed("tf"))
+
+
+def _refuse_added(model: keras.Model, config: OPTConfig, arch: str) -> None:
+    """Raises UnsupportedError for variables that no row of the table stands for: they would be lost."""
+    own: set[int] = set()
+    for param in param_table(config, arch):
+        layer, leaf = find_parameter(model, param, arch)
+        if layer is not None:
+            changed = layer.quantization_mode is not None or lora_leaf(layer) is not None
+            own.update(id(v) for v in layer.variables if changed or v.name == leaf)
+    added = [variable.path for variable in model.weights if id(variable) not in own]
+    if added:
+        raise UnsupportedError(
+            f"{', '.join(added)}: expected layers of an OPT model alone, found others, for which a "
+            "checkpoint has no place. Save the model with model.save('model.keras')."
+        )
 
 
 def _merged(layer: keras.layers.Layer, variable: keras.Variable, transposed: bool) -> np.ndarray:

@@ -19,7 +19,16 @@ from opt_torch.cache import KVCache
 from opt_torch.decoding_weights import prepare, restore
 from opt_torch.flash import kernels as find_flash_kernels
 from opt_torch.offload import Device, DeviceMap, MaxMemory, computing_device, is_away, place
-from opt_torch.weights import assign, canonical_arrays, initialize, resized
+from opt_torch.weights import (
+    added_outgoing,
+    added_tensors,
+    assign,
+    assign_added,
+    canonical_arrays,
+    initialize,
+    resized,
+    share_memory,
+)
 
 
 class OPTPreTrainedModel(nn.Module):
@@ -59,13 +68,30 @@ class OPTPreTrainedModel(nn.Module):
         if head is not None and self.config.tie_word_embeddings:
             head.weight = self.get_input_embeddings().weight
 
+    @property
+    def _is_tied(self) -> bool:
+        """Whether the head is the embedding, whatever the configuration says."""
+        head, table = self.get_output_embeddings(), self.get_input_embeddings()
+        if head is None or head.weight.is_meta:  # without values, or on disk
+            return head is not None and self.config.tie_word_embeddings
+        return share_memory(head.weight, table.weight)
+
+    @property
+    def _actual_config(self) -> OPTConfig:
+        """The configuration as the head is: untied where it is no longer the embedding."""
+        if self.get_output_embeddings() is None or self._is_tied:
+            return self.config
+        return self.config.replace(tie_word_embeddings=False)
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self._decoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Gives the model other word embeddings; a tied head follows them."""
+        was_tied = self._is_tied
         self._decoder.embed_tokens = value
-        self.tie_weights()
+        if was_tied:
+            self.get_output_embeddings().weight = value.weight
 
     def get_output_embeddings(self) -> nn.Linear | None:
         return None
@@ -105,14 +131,14 @@ class OPTPreTrainedModel(nn.Module):
                     "left elsewhere. Load the model without it, resize, save, and load what was saved."
                 )
             restore(self)
+            was_tied = self._is_tied
             table.weight = resized(table.weight, size, self.config.init_std)
             table.num_embeddings = size
             if head is not None:
-                if not self.config.tie_word_embeddings:
-                    head.weight = resized(head.weight, size, self.config.init_std)
+                std = self.config.init_std
+                head.weight = table.weight if was_tied else resized(head.weight, size, std)
                 head.out_features = size
             self.config.vocab_size = size
-            self.tie_weights()
         return table
 
     @property
@@ -158,7 +184,7 @@ class OPTPreTrainedModel(nn.Module):
 
     def num_parameters(self) -> int:
         """The number of scalars, the tied head counted once."""
-        return num_parameters(self.config, self.architecture)
+        return num_parameters(self._actual_config, self.architecture)
 
     def init_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty fixed cache, to be passed as `past_key_values`."""
@@ -225,12 +251,20 @@ class OPTPreTrainedModel(nn.Module):
         if device_map is None and (max_memory is not None or offload_folder is not None):
             raise InputError("max_memory, offload_folder: expected a device_map, found none.")
         with open_pretrained(
-            name_or_path, cls.architecture, output_loading_info=output_loading_info, **options
+            name_or_path,
+            cls.architecture,
+            output_loading_info=output_loading_info,
+            defer_check=True,
+            **options,
         ) as pretrained:
             config = pretrained.config
             with torch.device("meta"):
                 model = cls(config, attn_implementation=attn_implementation)
+            added = added_tensors(model, config, cls.architecture)
+            shapes = {name: tuple(tensor.shape) for name, tensor in added.items()}
+            found, report = pretrained.check(shapes)
             dtype = getattr(torch, pretrained.dtype)
+            assign_added(model, config, cls.architecture, found, dtype)
             if device_map is None:
                 assign(model, config, cls.architecture, pretrained.sources, dtype)
             else:
@@ -238,7 +272,7 @@ class OPTPreTrainedModel(nn.Module):
         model.tie_weights()
         model.generation_config = pretrained.generation_config
         model.eval()
-        return (model, pretrained.report.loading_info()) if output_loading_info else model
+        return (model, report.loading_info()) if output_loading_info else model
 
     def save_pretrained(
         self,
@@ -255,14 +289,16 @@ class OPTPreTrainedModel(nn.Module):
             safe_serialization: if False, pytorch_model.bin is written instead of safetensors.
         """
         restore(self)
-        tensors = canonical_arrays(self, self.config, self.architecture)
+        config, arch = self._actual_config, self.architecture
+        added = [*added_outgoing(self, config, arch)]  # or refused, with the layer's name
         save_pretrained(
             directory,
-            self.config,
+            config,
             self.generation_config,
-            self.architecture,
-            tensors,
+            arch,
+            canonical_arrays(self, config, arch),
             own_format="bin",
+            added=added,
             max_shard_size=max_shard_size,
             safe_serialization=safe_serialization,
         )

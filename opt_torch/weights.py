@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from opt_core import OPTConfig, UnsupportedError
+from opt_core.checkpoints import LazyTensor
 from opt_core.loading import Source
 from opt_core.params import Kind, Param, param_table
+from opt_core.saving import Added
 
 INITIAL_VALUES: Mapping[Kind, Callable[[Tensor, float], Tensor]] = {
     Kind.LINEAR: lambda tensor, std: tensor.normal_(0.0, std),
@@ -111,6 +114,89 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.numpy()
 
 
+def added_tensors(model: nn.Module, config: OPTConfig, arch: str) -> dict[str, Tensor]:
+    """What modules of the user's hold beyond the table, by name: parameters and saved buffers.
+
+    Raises:
+        UnsupportedError: a tensor inside a layer of the table, which changes what it computes.
+    """
+    table = param_table(config.replace(tie_word_embeddings=False), arch)
+    own = {".".join(param.path("torch", arch)) for param in table}
+    layers = {name.rpartition(".")[0] for name in own}
+    added = {k: v for k, v in model.state_dict(keep_vars=True).items() if k not in own}
+    for name in added:
+        parts = name.split(".")
+        inside = next((i for i in range(len(parts)) if ".".join(parts[:i]) in layers), None)
+        if inside is not None:
+            raise UnsupportedError(
+                f"{name}: expected {'.'.join(parts[:inside])} to hold a weight and a bias, as OPT has "
+                "them, found more: an adapter, a parametrization, or another layer in its place. Merge "
+                "or remove it before saving (an adapter's own library can save it alone)."
+            )
+    return added
+
+
+def added_outgoing(model: nn.Module, config: OPTConfig, arch: str) -> Iterator[Added]:
+    """These as `save_pretrained` writes them: under their own names.
+
+    Raises:
+        UnsupportedError: as `added_tensors` and `canonical_arrays`.
+    """
+    for name, tensor in added_tensors(model, config, arch).items():
+        dtype = _stored_dtype(name, tensor)
+        yield Added(name, dtype, tuple(tensor.shape), partial(to_numpy, tensor))
+
+
+@torch.no_grad()
+def assign_added(
+    model: nn.Module,
+    config: OPTConfig,
+    arch: str,
+    found: Mapping[str, LazyTensor],
+    dtype: torch.dtype,
+) -> None:
+    """Gives modules of the user's, made on the meta device, the checkpoint's values, or fresh ones.
+
+    Raises:
+        UnsupportedError: values that the checkpoint lacks, and that no `reset_parameters` makes.
+    """
+    added = added_tensors(model, config, arch)
+    owners = {name: name.rpartition(".")[0] for name in added}
+    for owner in dict.fromkeys(owners.values()):
+        names = [name for name in owners if owners[name] == owner]
+        module = model.get_submodule(owner)
+        for name in names:
+            tensor = torch.empty_like(added[name], device="cpu")
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            leaf = name.rpartition(".")[2]
+            if isinstance(added[name], nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=added[name].requires_grad)
+                module.register_parameter(leaf, tensor)
+            else:
+                module.register_buffer(leaf, tensor)
+            added[name] = tensor
+        missing = [name for name in names if name not in found]
+        if missing:
+            if not hasattr(module, "reset_parameters"):
+                raise UnsupportedError(
+                    f"{', '.join(missing)}: not in the checkpoint, and {type(module).__name__} has no "
+                    "reset_parameters() that would make initial values. Give it one."
+                )
+            reset: Any = module.reset_parameters
+            reset()
+        for name in names:
+            if name in found:
+                added[name].copy_(from_numpy(found[name].read()))
+
+
+def share_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether the two are one parameter, or two over the same memory."""
+    plain = all(type(x) is nn.Parameter and not x.is_meta for x in (first, second))
+    return first is second or (
+        plain and first.shape == second.shape and first.data_ptr() == second.data_ptr()
+    )
+
+
 def canonical_arrays(
     model: nn.Module, config: OPTConfig, arch: str
 ) -> Iterator[tuple[Param, np.dtype, Callable[[], np.ndarray]]]:
@@ -122,15 +208,22 @@ def canonical_arrays(
     for param in param_table(config, arch):
         module, leaf = find_parameter(model, param, arch)
         tensor = module.get_parameter(leaf)
-        if tensor.is_meta:
-            raise UnsupportedError(
-                f"{param.name} has no values in memory: it lies on disk, or none were loaded. To save "
-                "the model, load it without device_map; opt-zoo convert needs little memory."
-            )
-        if type(tensor) is not nn.Parameter or not tensor.is_floating_point():
-            raise UnsupportedError(
-                f"{param.name}: expected plain numbers to save, found {type(tensor).__name__} of "
-                f"{tensor.dtype}: the model is quantized. Save the one that it was made from."
-            )
-        dtype = to_numpy(torch.empty(0, dtype=tensor.dtype)).dtype
-        yield param, dtype, partial(to_numpy, tensor)
+        yield param, _stored_dtype(param.name, tensor), partial(to_numpy, tensor)
+
+
+def _stored_dtype(name: str, tensor: Tensor) -> np.dtype:
+    """The dtype in which a tensor of the model is saved; raises UnsupportedError if it cannot be."""
+    if tensor.is_meta:
+        raise UnsupportedError(
+            f"{name} has no values in memory: it lies on disk, or none were loaded. To save the model, "
+            "load it without device_map; opt-zoo convert needs little memory."
+        )
+    is_parameter = isinstance(tensor, nn.Parameter)
+    if type(tensor) not in (nn.Parameter, Tensor) or (
+        is_parameter and not tensor.is_floating_point()
+    ):
+        raise UnsupportedError(
+            f"{name}: expected plain numbers to save, found {type(tensor).__name__} of "
+            f"{tensor.dtype}: the model is quantized. Save the one that it was made from."
+        )
+    return to_numpy(torch.empty(0, dtype=tensor.dtype)).dtype

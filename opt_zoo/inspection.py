@@ -21,7 +21,7 @@ from opt_core.dialects import DIALECTS
 from opt_core.errors import CheckpointError, ConfigError, FormatError
 from opt_core.files import JSON_LIMIT, parse_json_object, plain_name
 from opt_core.hub import resolve
-from opt_core.loading import LoadReport, match
+from opt_core.loading import LoadReport, match, separate_head
 from opt_core.opening import find_config, open_weights
 from opt_core.params import param_table
 
@@ -216,7 +216,14 @@ def _compare(checkpoint: Checkpoint, problems: list[str]) -> LoadReport:
     if checkpoint.config is None or not checkpoint.reader:
         return LoadReport()
     try:
-        return match(checkpoint.config, checkpoint.architecture, checkpoint.reader)[1]
+        report = match(checkpoint.config, checkpoint.architecture, checkpoint.reader)[1]
+        head = separate_head(checkpoint.config, checkpoint.reader)
+        if head is not None:
+            problems.append(
+                f"{head} is not the embedding, though tie_word_embeddings says so: models load with "
+                "this head, untied, and a warning. Set tie_word_embeddings to false in config.json."
+            )
+        return report
     except CheckpointError as error:
         if not problems:  # of a damaged one, it is known why
             problems.append(str(error))

@@ -109,6 +109,14 @@ class LazyTensor:
         """The length of each dimension."""
         return self.info.shape
 
+    def lies_where(self, other: LazyTensor) -> bool:
+        """Tell whether both are the same bytes of the same file, read alike: one tensor, two names."""
+        return (
+            self._source is other._source
+            and (self._offset, self._strides) == (other._offset, other._strides)
+            and (self.dtype, self.shape) == (other.dtype, other.shape)
+        )
+
     def map(self) -> NDArray[Any]:
         """Return a view onto the file: nothing is copied, pages are read when touched.
 

@@ -226,7 +226,8 @@ def _checked(value: object) -> GenerationConfig:
 def _generation_options(config: OPTConfig) -> dict[str, Any]:
     """What a model's configuration says of generation: its special tokens, and what old files hold."""
     legacy = {k: v for k, v in config.extra.items() if k in FIELDS or k in OTHER_OPTIONS}
-    return legacy | {name: getattr(config, name) for name in SPECIAL_TOKENS}
+    ids = {"pad_token_id": config.pad_token_id, "bos_token_id": config.bos_token_id}
+    return {**legacy, **ids, "eos_token_id": config.eos_token_id}
 
 
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")

@@ -103,7 +103,7 @@ def generate(
     hooks = Hooks.taken_from(options)
     own = model.generation_config
     config = GenerationConfig.of_call(generation_config, own, model.config, options)
-    params = model.params if params is None else params
+    params = model._given(params)
     past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
     embeds = None if inputs_embeds is None else jnp.asarray(inputs_embeds)
     given = GivenPrompts(

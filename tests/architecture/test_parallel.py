@@ -86,6 +86,18 @@ NAMES: dict[tuple[str, str, str], str] = {
     ("tf", "weights.py", "to_tensor from_numpy"): STATE,
     ("tf", "weights.py", "_merged"): "Keras holds LoRA's factors beside the weights",
     ("*", "weights.py", "assign_one"): OFFLOAD,
+    (
+        "*",
+        "weights.py",
+        "added_tensors added_outgoing assign_added _stored_dtype",
+    ): "only torch saves layers of the user's",
+    ("tf", "weights.py", "_refuse_added"): "and Keras' own files hold them",
+    ("*", "weights.py", "share_memory"): STATE,
+    (
+        "*",
+        "pretrained.py",
+        "OPTPreTrainedModel._is_tied",
+    ): "Keras and Flax have no head that is tied",
     ("*", "activations.py", "gelu"): "the framework's own default is the approximation",
     ("flax", "attention.py", "Dropout"): "a kernel is given its random numbers as a function",
     ("flax", "*heads.py", "OPTFor*.__init__ OPTFor*Module*"): LINEN,
@@ -99,8 +111,9 @@ NAMES: dict[tuple[str, str, str], str] = {
     (
         "flax",
         "pretrained.py",
-        "*.post_init *.tie_weights *.get_*put_embeddings *.dtype *.device *.init_weights *.params "
-        "*._given *._call _available *._decoder *._set_rows *.enable_gradient_checkpointing HEAD",
+        "*.post_init *.tie_weights *._actual_config *.get_*put_embeddings *.dtype *.device "
+        "*.init_weights *.params *._given *._call _available *._decoder *._set_rows "
+        "*.enable_gradient_checkpointing HEAD",
     ): LINEN,
     (
         "flax",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
 from opt_core import HubError, __version__
 from opt_zoo import render
@@ -29,6 +30,22 @@ def test_inspect(opt_zoo: Runner, model: Path) -> None:
     for expected in ("model.decoder.layers.1.fc2.weight", "(32, 64)", "float32", "36 (36 float32)"):
         assert expected in done.stdout
     assert "and no other" in done.stdout
+
+
+def test_a_head_that_the_configuration_says_is_the_embedding(
+    opt_zoo: Runner, model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.decoder.embed_tokens.weight"] + 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = opt_zoo("inspect", str(folder))
+    assert done.exit_code == 1
+    assert "lm_head.weight is not the embedding, though tie_word_embeddings" in " ".join(
+        done.stdout.split()
+    )
+    done = opt_zoo("verify", str(model), str(folder))
+    assert done.exit_code == 1 and "lm_head.weight" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -119,3 +119,17 @@ def test_a_number_format_is_kept():
     model = load(UNTIED, dtype="bfloat16")
     assert model.resize_token_embeddings(50).dtype == jnp.bfloat16
     assert model.get_output_embeddings().dtype == jnp.bfloat16
+
+
+def test_a_head_that_would_be_ignored_is_refused(tmp_path):
+    """Linen passes over parameters that a module does not have."""
+    model = load(TIED)
+    tree = {**model.params, "lm_head": {"kernel": model.get_input_embeddings().T}}
+    for call in (
+        lambda: model(IDS, params=tree),
+        lambda: model.generate(IDS, params=tree),
+        lambda: model.save_pretrained(tmp_path, params=tree),
+        lambda: setattr(model, "params", tree),
+    ):
+        with pytest.raises(InputError, match="lm_head"):
+            call()

@@ -216,3 +216,48 @@ def test_a_tied_head_that_is_stored_again_is_not_read(
     assert HEAD not in backend.canonical_weights(model)
     backend.save(model, folder / "again")
     assert HEAD not in load_file(folder / "again" / "model.safetensors")
+
+
+@pytest.mark.parametrize("where", ["model", "decoder"])
+def test_a_stored_head_that_is_not_the_embedding_is_kept(
+    backend: Backend, folder: Path, weights: dict[str, Array], where: str
+) -> None:
+    """A configuration that says tied, or says nothing, lost the head without a word."""
+    weights[HEAD] = weights[EMBEDDING] * 2
+    config = case("pre_norm").config
+    if where == "decoder":  # as in the first files on the hub
+        weights = {name.removeprefix("model."): value for name, value in weights.items()}
+    write(folder, weights, config)
+    with pytest.warns(UserWarning, match=f"{HEAD} holds other values.*set to False"):
+        model = backend.load(folder)
+    assert backend.config(model).tie_word_embeddings is False
+    assert bits({HEAD: backend.canonical_weights(model)[HEAD]}) == bits({HEAD: weights[HEAD]})
+    ids = np.array([[5, 6, 7]])
+    config.replace(tie_word_embeddings=False).save_pretrained(folder)
+    expected = backend.forward(backend.load(folder), input_ids=ids)["logits"]
+    assert np.array_equal(backend.forward(model, input_ids=ids)["logits"], expected)
+    backend.save(model, folder / "again")
+    written = json.loads((folder / "again" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+    assert bits(load_file(folder / "again" / "model.safetensors"))[HEAD] == bits(weights)[HEAD]
+
+
+def test_a_stored_head_of_another_shape_is_an_error(
+    backend: Backend, folder: Path, weights: dict[str, Array]
+) -> None:
+    weights[HEAD] = np.zeros((103, 12), np.float32)
+    write(folder, weights, case("pre_norm").config)
+    with (
+        pytest.warns(UserWarning, match="holds other values"),
+        pytest.raises(CheckpointError, match=rf"{HEAD}: expected \(103, 24\).*found \(103, 12\)"),
+    ):
+        backend.load(folder)
+
+
+def test_a_stored_head_does_not_matter_to_other_classes(
+    backend: Backend, folder: Path, weights: dict[str, Array]
+) -> None:
+    weights[HEAD] = weights[EMBEDDING] * 2
+    write(folder, weights, case("pre_norm").config)
+    _, info = backend.load(folder, architecture="OPTModel", output_loading_info=True)
+    assert info["unexpected_keys"] == [HEAD]

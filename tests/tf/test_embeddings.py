@@ -140,3 +140,26 @@ def test_another_keras_says_so():
 
     with pytest.raises(UnsupportedError, match=r"lets no layer of a built model be replaced"):
         replace_layer(Layer(), "place", Layer())
+
+
+def test_a_head_untied_by_hand_is_saved(tmp_path):
+    """No head was written, and the next loading took the embedding for it."""
+    model = TFOPTForCausalLM.from_pretrained(TIED)
+    replace_layer(model, "lm_head", keras.layers.Dense(103, use_bias=False, name="lm_head"))
+    expected = model(IDS).logits
+    assert model.num_parameters() == model.count_params()
+    model.save_pretrained(tmp_path)
+    again = TFOPTForCausalLM.from_pretrained(tmp_path)
+    assert again.config.tie_word_embeddings is False
+    assert np.array_equal(again(IDS).logits, expected)
+    assert model.get_config()["config"]["tie_word_embeddings"] is False  # in a file of Keras, too
+
+
+def test_what_a_checkpoint_has_no_place_for_is_refused_by_name(tmp_path):
+    """It was left out without a word."""
+    model = TFOPTForCausalLM.from_pretrained(TIED)
+    replace_layer(model, "lm_head", keras.layers.Dense(103, name="lm_head"))  # with a bias
+    model(IDS)
+    with pytest.raises(UnsupportedError, match=r"lm_head/bias.*model\.save"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -113,3 +113,58 @@ def test_generation_in_training_mode_has_a_cache():
     model.train()
     model.gradient_checkpointing_enable()
     assert torch.equal(model.generate(IDS, max_new_tokens=4), expected)
+
+
+def untie_by_assignment(model):
+    model.lm_head = nn.Linear(24, 103, bias=False)
+
+
+def untie_the_weight(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone() + 1)
+
+
+def untie_the_embedding(model):
+    table = model.get_input_embeddings()
+    table.weight = nn.Parameter(table.weight.detach().clone() + 1)
+
+
+def untie_equal_values(model):
+    """Equal today, another matrix after the next step of a training."""
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize(
+    "untie", [untie_by_assignment, untie_the_weight, untie_the_embedding, untie_equal_values]
+)
+def test_a_head_untied_by_hand_is_saved(tmp_path, untie, safe):
+    """No head was written, and the next loading took the embedding for it."""
+    model = OPTForCausalLM.from_pretrained(TIED)
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters())
+    untie(model)
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters())
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path, safe_serialization=safe)
+    again = OPTForCausalLM.from_pretrained(tmp_path)
+    assert again.config.tie_word_embeddings is False and torch.equal(again(IDS).logits, expected)
+    assert again.lm_head.weight is not again.get_input_embeddings().weight
+
+
+def test_a_head_untied_by_hand_stays_so():
+    """Resizing the model, and other embeddings, made it the embedding again."""
+    model = OPTForCausalLM.from_pretrained(TIED)
+    untie_by_assignment(model)
+    head = model.lm_head.weight.detach().clone()
+    model.resize_token_embeddings(120)
+    assert torch.equal(model.lm_head.weight[:103], head)
+    assert not torch.equal(model.get_input_embeddings().weight[:103], head)
+    model.set_input_embeddings(nn.Embedding(120, 24))
+    assert torch.equal(model.lm_head.weight[:103], head)
+
+
+def test_tensors_assigned_by_a_state_dict_are_still_tied(tmp_path):
+    """`load_state_dict(assign=True)` makes two parameters over the same memory."""
+    model = OPTForCausalLM.from_pretrained(TIED)
+    model.load_state_dict(dict(model.state_dict()), assign=True)
+    model.save_pretrained(tmp_path)
+    assert OPTForCausalLM.from_pretrained(tmp_path).config.tie_word_embeddings is True

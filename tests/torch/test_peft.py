@@ -175,3 +175,27 @@ def test_learnt_prompts_are_trained_but_never_left_out_in_silence() -> None:
     assert model.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
     with pytest.raises(UnsupportedError, match="prompt tuning"):
         model.generate(input_ids=IDS, max_new_tokens=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+def test_modules_to_save_are_merged_and_saved(tmp_path: Path) -> None:
+    """Embedding and head learn apart; the head was lost when the merged model was saved."""
+    targets = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    merged = adapted("CAUSAL_LM", **targets).merge_and_unload()
+    assert not torch.equal(merged.lm_head.weight, merged.get_input_embeddings().weight)
+    merged.save_pretrained(tmp_path)
+    again = OPTForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, merged(IDS).logits)
+
+
+def test_peft_is_told_that_the_head_is_tied() -> None:
+    """`config.to_dict()` did not say so, and tokens that were trained were merged into one of the two."""
+    model = adapted("CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[5, 6])
+    expected = model(IDS).logits
+    torch.testing.assert_close(model.merge_and_unload()(IDS).logits, expected)
+
+
+def test_an_adapter_that_is_not_merged_is_no_checkpoint(tmp_path: Path) -> None:
+    base = adapted("CAUSAL_LM").get_base_model()
+    with pytest.raises(UnsupportedError, match=r"q_proj\.base_layer.*an adapter.*Merge"):
+        base.save_pretrained(tmp_path)
