@@ -24,9 +24,9 @@ DIFFERENT = 1  # exit code
 
 
 def inspect(path: options.Path, as_json: options.AsJson = False) -> None:
-    """Show what a checkpoint holds, and what is missing; of its weights it reads
-    the headers, and a head that is stored beside the embedding it is tied to.
+    """Show what a checkpoint holds, and what is missing.
 
+    Of its weights it reads the headers, and a head that is stored beside the embedding it is tied to.
     Exits with 1 if a file is damaged or the tensors do not fit the configuration; what can be read
     is shown all the same.
     """
