@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
@@ -14,6 +16,34 @@ IGNORED_LABEL = -100
 Shape = Sequence[int | None]  # None: a dimension that is not known while tracing
 
 
+@dataclass(frozen=True)
+class PastShapes:
+    """What is known of `past_key_values` without its values.
+
+    Attributes:
+        layers: of each layer the shapes of key and value; None where not even the rank is known.
+        dtypes: theirs, as messages show them.
+        is_fixed: whether the columns are room, of which the first `length` are in use.
+        length: None without room, or if not known while tracing.
+    """
+
+    layers: tuple[tuple[Shape | None, Shape | None], ...]
+    dtypes: tuple[tuple[Any, Any], ...]
+    is_fixed: bool
+    length: int | None
+
+    @property
+    def columns(self) -> int | None:
+        """Those of each key and value, once `check_past` has seen them; None if not known."""
+        shapes = (shape for pair in self.layers for shape in pair if shape is not None)
+        return next((shape[2] for shape in shapes if shape[2] is not None), None)
+
+    @property
+    def used(self) -> int | None:
+        """The columns in use; None if not known."""
+        return self.length if self.is_fixed else self.columns
+
+
 def check_call(
     config: OPTConfig,
     *,
@@ -22,25 +52,16 @@ def check_call(
     attention_mask: Shape | None,
     position_ids: Shape | None,
     head_mask: Shape | None,
-    past_length: int | None,
-    capacity: int | None,
-    cached_layers: int | None,
+    past: PastShapes | None,
 ) -> None:
     """Checks that the arguments of a call fit each other and the model.
 
     Args:
-        input_ids .. head_mask: the arguments' shapes; None where not given.
-        past_length: cached columns in use; None if not known while tracing.
-        capacity: the columns of a fixed cache; None without one.
-        cached_layers: the layers of the cache; None without one.
+        input_ids .. past: the arguments' shapes; None where not given.
 
     Raises:
         InputError: says what was expected and what was found.
     """
-    if cached_layers not in (None, config.num_hidden_layers):
-        raise InputError(
-            f"past_key_values: expected {config.num_hidden_layers} layers, found {cached_layers}."
-        )
     if input_ids is not None and inputs_embeds is not None:
         raise InputError(
             "You cannot specify both decoder_input_ids and decoder_inputs_embeds at the same time "
@@ -66,12 +87,95 @@ def check_call(
     if position_ids is not None:
         rows = 1 if len(position_ids) and position_ids[0] == 1 else batch  # one row serves all
         _check_equal("position_ids", position_ids, (rows, length))
+    past_length, capacity = 0, None
+    if past is not None:
+        check_past(config, past, batch)
+        past_length, capacity = past.used, past.columns if past.is_fixed else None
     _check_lengths(config, length, past_length, capacity, position_ids is not None)
     if attention_mask is not None:
         _check_rank("attention_mask", attention_mask, ("batch", "sequence"))
         _check_mask(attention_mask, batch, length, past_length, capacity)
     if head_mask is not None:
         check_head_mask(config, head_mask)
+
+
+def read_past(past: Any, as_array: Callable[[Any], Any]) -> list[tuple[Any, Any]]:
+    """The pairs of `past_key_values` as the reference has them, as arrays.
+
+    Args:
+        past: for each layer a pair (key, value), in sequences of any kind.
+        as_array: makes an array of a framework; raises TypeError or ValueError where it cannot.
+
+    Raises:
+        InputError: names what is no pair, or no array.
+    """
+    expected = "past_key_values: expected for each layer a pair (key, value), or a KVCache"
+    if isinstance(past, str | bytes | Mapping):
+        raise InputError(f"{expected}; found {type(past).__name__}.")
+    try:
+        layers = [*past]
+    except TypeError as error:
+        raise InputError(f"{expected}; found {type(past).__name__}.") from error
+    pairs = []
+    for index, layer in enumerate(layers):
+        if isinstance(layer, str | bytes | Mapping):
+            raise InputError(f"{expected}; found {type(layer).__name__} for layer {index}.")
+        try:
+            pair = [*layer]
+        except TypeError as error:
+            found = type(layer).__name__
+            raise InputError(f"{expected}; found {found} for layer {index}.") from error
+        if len(pair) != 2:
+            raise InputError(f"{expected}; found {len(pair)} values for layer {index}.")
+        for part, (name, value) in enumerate(zip(("key", "value"), pair, strict=True)):
+            try:
+                pair[part] = as_array(value)
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    f"past_key_values, {name} of layer {index}: expected an array [batch, heads, "
+                    f"columns, head size], found {type(value).__name__} ({error})."
+                ) from error
+        pairs.append((pair[0], pair[1]))
+    return pairs
+
+
+def check_past(config: OPTConfig, past: PastShapes, batch: int | None) -> None:
+    """Raises InputError unless every key and value fits the model, the inputs' rows and the others.
+
+    Args:
+        batch: the rows of the inputs; None if not known.
+    """
+    found = len(past.layers)
+    if found != config.num_hidden_layers:
+        raise InputError(
+            f"past_key_values: expected {config.num_hidden_layers} layers, found {found}."
+        )
+    heads, size = config.num_attention_heads, config.head_dim
+    columns: int | None = None
+    for index, (shapes, dtypes) in enumerate(zip(past.layers, past.dtypes, strict=True)):
+        for name, shape, dtype in zip(("key", "value"), shapes, dtypes, strict=True):
+            if "float" not in str(dtype):
+                raise InputError(
+                    f"past_key_values, {name} of layer {index}: expected floating-point numbers, "
+                    f"found {dtype}."
+                )
+            if shape is None:
+                continue
+            expected = (batch, heads, columns, size)
+            if len(shape) != 4 or _differ(shape, expected):
+                rows, room = ("any" if x is None else x for x in (batch, columns))
+                raise InputError(
+                    f"past_key_values, {name} of layer {index}: expected the shape "
+                    f"({rows}, {heads}, {room}, {size}): a row for each of the inputs, "
+                    f"num_attention_heads={heads}, as many columns as in each key and value, "
+                    f"{size} numbers a head; found {tuple(shape)}."
+                )
+            columns = shape[2] if columns is None else columns
+    if past.length is not None and not 0 <= past.length <= (columns or past.length):
+        raise InputError(
+            f"past_key_values: expected a length from 0 to {columns}, the columns of the cache, found "
+            f"{past.length}."
+        )
 
 
 def check_head_mask(config: OPTConfig, shape: Shape) -> None:
@@ -118,10 +222,15 @@ def _check_rank(name: str, shape: Shape, dims: tuple[str, ...]) -> None:
 
 
 def _check_equal(name: str, found: Shape, expected: Shape) -> None:
-    if len(found) != len(expected) or any(
-        f is not None and e is not None and f != e for f, e in zip(found, expected, strict=True)
-    ):
+    if len(found) != len(expected) or _differ(found, expected):
         raise InputError(f"{name}: expected the shape {tuple(expected)}, found {tuple(found)}.")
+
+
+def _differ(found: Shape, expected: Shape) -> bool:
+    """Whether two shapes of a rank differ where both are known."""
+    return any(
+        f is not None and e is not None and f != e for f, e in zip(found, expected, strict=True)
+    )
 
 
 def _check_lengths(

@@ -104,8 +104,6 @@ def check_inputs(config: OPTConfig, inputs: Mapping[str, Any]) -> None:
         InputError: arguments that do not fit each other or the model.
     """
     past = inputs.get("past_key_values")
-    past = None if past is None else KVCache.from_pairs(past)
-    fixed = past is not None and past.length is not None
     input_ids, position_ids = inputs.get("input_ids"), inputs.get("position_ids")
     check_call(
         config,
@@ -114,9 +112,7 @@ def check_inputs(config: OPTConfig, inputs: Mapping[str, Any]) -> None:
         attention_mask=_shape(inputs.get("attention_mask")),
         position_ids=_shape(position_ids),
         head_mask=_shape(inputs.get("head_mask")),
-        past_length=0 if past is None else _known(past.used),
-        capacity=_known(past.capacity) if fixed else None,
-        cached_layers=None if past is None else len(past),
+        past=None if past is None else KVCache.from_pairs(past).shapes(),
     )
     # The values can be looked at only where that costs no synchronisation.
     if is_readable(input_ids):
@@ -129,7 +125,3 @@ def check_inputs(config: OPTConfig, inputs: Mapping[str, Any]) -> None:
 
 def _shape(value: Any) -> tuple[int | None, ...] | None:
     return None if value is None else tuple(value.shape)
-
-
-def _known(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
