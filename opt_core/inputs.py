@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 
@@ -211,6 +213,37 @@ def check_positions(smallest: int, largest: int, max_positions: int) -> None:
         raise InputError(
             f"position_ids holds {smallest if smallest < -1 else largest}, but the position table "
             f"has the positions 0 to {max_positions - 1} (and -1 for pads)."
+        )
+
+
+def read_numbers(name: str, value: Any) -> np.ndarray:
+    """An argument that is no tensor yet as an array: numpy's, or rows of numbers.
+
+    Raises:
+        InputError: rows of unequal lengths, no numbers, or whole numbers that do not fit into 32 bits.
+    """
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name}: expected a tensor, an array or rows of equal length, found "
+            f"{type(value).__name__} ({error})."
+        ) from error
+    if array.dtype == object and array.size and all(isinstance(x, int) for x in array.flat):
+        check_width(name, min(array.flat), max(array.flat))
+    if array.dtype.kind in "OSU":
+        raise InputError(f"{name}: expected numbers, found {type(value).__name__} of others.")
+    if array.dtype.kind in "iu" and array.size:
+        check_width(name, int(array.min()), int(array.max()))
+    return array
+
+
+def check_width(name: str, smallest: int, largest: int) -> None:
+    """Raises InputError unless whole numbers fit into 32 bits, to which frameworks cut them unasked."""
+    if smallest < -(2**31) or largest >= 2**31:
+        raise InputError(
+            f"{name} holds {largest if smallest >= -(2**31) else smallest}: expected whole numbers "
+            "that fit into 32 bits, as ids, positions and masks do."
         )
 
 

@@ -22,6 +22,7 @@ from opt_core.resizing import resized_vocab_size
 from opt_flax.attention import DEFAULT_KERNEL, KERNELS
 from opt_flax.cache import KVCache
 from opt_flax.decoding_weights import check_layout, plain, prepare
+from opt_flax.parts import to_array
 from opt_flax.weights import (
     Params,
     assign,
@@ -354,7 +355,7 @@ class FlaxOPTPreTrainedModel:
                 "pass one such as jax.random.key(0), a new one for each step."
             )
         for name, value in arrays.items():
-            arguments[name] = None if value is None else jnp.asarray(value)
+            arguments[name] = None if value is None else to_array(name, value)
         return self.module.apply(
             {"params": self._given(params)},
             **arguments,

@@ -81,7 +81,7 @@ class OPTDecoder(nn.Module):
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, E]
         length = inputs_embeds.shape[1]
         # A query of a compiled program runs over all columns; the bias hides those not in use.
-        total = past_length + length if isinstance(past_length, int) else past.capacity
+        total = past.capacity if isinstance(past_length, Tensor) else past_length + length
         if attention_mask is not None:  # of a fixed cache: longer
             attention_mask = F.pad(attention_mask, (0, total - attention_mask.shape[1]))
             if length > 1 and without_effect(attention_mask):
@@ -203,7 +203,7 @@ class OPTDecoder(nn.Module):
         batch_size, length = hidden_states.shape[:2]
         if kernel is KERNELS["flash_attention_2"]:
             return pack(attention_mask, texts, batch_size, length), length > 1
-        if attention_mask is None and texts is None and isinstance(past_length, int):
+        if attention_mask is None and texts is None and not isinstance(past_length, Tensor):
             if length == 1:  # one query sees all keys
                 return None, False
             if past_length == 0 and kernel is not KERNELS["eager"]:

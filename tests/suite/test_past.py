@@ -114,7 +114,10 @@ REFUSED: dict[str, tuple[Callable[[Pairs], Any], str]] = {
     "one head for all": (every(lambda x: x[:, :1]), rf"key of layer 0: .*{SHAPE} \(2, 1, 5, 6\)"),
     "head size": (every(lambda x: x[..., :4]), rf"key of layer 0: .*{SHAPE} \(2, 4, 5, 4\)"),
     "head size of a value": (other(0, 1, zeros(2, 4, 5, 12)), rf"value of layer 0: .*{SHAPE_5}"),
-    "as Flax has them": (every(lambda x: x.swapaxes(1, 2)), rf"key of layer 0: .*{SHAPE} \(2, 5, 4, 6\)"),
+    "as Flax has them": (
+        every(lambda x: x.swapaxes(1, 2)),
+        rf"key of layer 0: .*{SHAPE} \(2, 5, 4, 6\)",
+    ),
     "a shorter value": (
         other(1, 1, lambda x: x[:, :, 1:]),
         rf"value of layer 1: .*{SHAPE_5} \(2, 4, 4, 6\)",
@@ -127,17 +130,15 @@ REFUSED: dict[str, tuple[Callable[[Pairs], Any], str]] = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_spellings(
-    backend: Backend, model: Any, pairs: Pairs, whole: Array, spelling: str
-) -> None:
+def test_spellings(backend: Backend, model: Any, pairs: Pairs, whole: Array, spelling: str) -> None:
     """Whatever their type, keys and values are taken in that of the computation."""
     past = SPELLINGS[spelling](pairs)
-    found = backend.forward(
-        model, input_ids=IDS[:, COLUMNS:], past_key_values=past, use_cache=True
-    )
+    found = backend.forward(model, input_ids=IDS[:, COLUMNS:], past_key_values=past, use_cache=True)
     dtype = spelling if spelling in ROUGH else "float32"
     assert_close(found["logits"], whole, spelling, tolerance=TOLERANCES[backend.name, dtype])
-    kept = {str(x.dtype).removeprefix("torch.") for pair in found["raw"].past_key_values for x in pair}
+    kept = {
+        str(x.dtype).removeprefix("torch.") for pair in found["raw"].past_key_values for x in pair
+    }
     assert kept in ({"float32"}, {"<dtype: 'float32'>"})
 
 
@@ -180,7 +181,9 @@ def test_refused_in_a_fixed_cache(backend: Backend, model: Any) -> None:
             r"key of layer 2: .*\(2, 4, 10, 6\).*found \(2, 4, 9, 6\)",
         ),
         (
-            replace(cache, layers=(type(layers[0])(layers[0].key, layers[0].value[:, :2]), *layers[1:])),
+            replace(
+                cache, layers=(type(layers[0])(layers[0].key, layers[0].value[:, :2]), *layers[1:])
+            ),
             r"value of layer 0: .*\(2, 4, 10, 6\).*found \(2, 2, 10, 6\)",
         ),
     ]
@@ -192,9 +195,7 @@ def test_refused_in_a_fixed_cache(backend: Backend, model: Any) -> None:
 
 
 @pytest.mark.parametrize("columns", [7, 8])
-def test_generate_needs_a_token_beyond_the_past(
-    backend: Backend, model: Any, columns: int
-) -> None:
+def test_generate_needs_a_token_beyond_the_past(backend: Backend, model: Any, columns: int) -> None:
     past = [[zeros(2, 4, columns, 6)] * 2] * 3
     with pytest.raises(InputError, match=f"holds {columns} tokens, and input_ids only 7"):
         backend.generate(model, IDS, past_key_values=past, **GREEDY)
