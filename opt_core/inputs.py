@@ -89,7 +89,8 @@ def check_call(
     if position_ids is not None:
         rows = 1 if len(position_ids) and position_ids[0] == 1 else batch  # one row serves all
         _check_equal("position_ids", position_ids, (rows, length))
-    past_length, capacity = 0, None
+    past_length: int | None = 0
+    capacity: int | None = None
     if past is not None:
         check_past(config, past, batch)
         past_length, capacity = past.used, past.columns if past.is_fixed else None

@@ -12,6 +12,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core.inputs import PastShapes, read_past
+from opt_tf.parts import known_shape
 
 
 class LayerCache(NamedTuple):
@@ -97,7 +98,7 @@ class KVCache:
         """What is known without looking at keys and values."""
         length = None if self.length is None else self.used
         return PastShapes(
-            tuple((_shape(layer.key), _shape(layer.value)) for layer in self.layers),
+            tuple((known_shape(layer.key), known_shape(layer.value)) for layer in self.layers),
             tuple((layer.key.dtype, layer.value.dtype) for layer in self.layers),
             self.length is not None,
             length if isinstance(length, int) else None,
@@ -136,7 +137,3 @@ class KVCache:
     @classmethod
     def __tf_unflatten__(cls, metadata: tuple[Any, ...], components: tuple[Any, ...]) -> KVCache:
         return cls(*components, *metadata)
-
-
-def _shape(value: Tensor) -> tuple[int | None, ...] | None:
-    return None if value.shape.rank is None else tuple(value.shape)

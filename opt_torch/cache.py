@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from opt_core.inputs import PastShapes, read_past
-from opt_torch.parts import is_concrete, is_readable
-from opt_torch.weights import from_numpy
+from opt_torch.parts import is_concrete, is_readable, to_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +96,9 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
         """
         if isinstance(pairs, KVCache):
             return pairs
-        return cls(tuple(LayerCache(*x) for x in read_past(pairs, partial(_to_tensor, device))))
+        return cls(
+            tuple(LayerCache(*x) for x in read_past(pairs, partial(to_tensor, device=device)))
+        )
 
     def advanced(self, layers: tuple[LayerCache, ...], length: int) -> KVCache:
         """This cache with the layers after `length` more tokens."""
@@ -156,9 +156,3 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return (self[index] for index in range(len(self)))
-
-
-def _to_tensor(device: torch.device | None, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    return from_numpy(np.array(value)).to(device)  # a copy: torch's tensors can be written to
