@@ -154,27 +154,33 @@ def check_past(config: OPTConfig, past: PastShapes, batch: int | None) -> None:
             f"past_key_values: expected {config.num_hidden_layers} layers, found {found}."
         )
     heads, size = config.num_attention_heads, config.head_dim
-    columns: int | None = None
+    expected: Shape = (batch, heads, None, size)
+    floats: set[Any] = set()
     for index, (shapes, dtypes) in enumerate(zip(past.layers, past.dtypes, strict=True)):
         for name, shape, dtype in zip(("key", "value"), shapes, dtypes, strict=True):
-            if "float" not in str(dtype):
+            if dtype not in floats and "float" not in str(dtype):
                 raise InputError(
                     f"past_key_values, {name} of layer {index}: expected floating-point numbers, "
                     f"found {dtype}."
                 )
-            if shape is None:
+            floats.add(dtype)
+            if shape is None or shape == expected:
                 continue
-            expected = (batch, heads, columns, size)
             if len(shape) != 4 or _differ(shape, expected):
-                rows, room = ("any" if x is None else x for x in (batch, columns))
+                rows, _, columns, _ = expected
                 raise InputError(
                     f"past_key_values, {name} of layer {index}: expected the shape "
-                    f"({rows}, {heads}, {room}, {size}): a row for each of the inputs, "
-                    f"num_attention_heads={heads}, as many columns as in each key and value, "
+                    f"({'batch' if rows is None else rows}, {heads}, "
+                    f"{'columns' if columns is None else columns}, {size}): a row for each of the "
+                    f"inputs, num_attention_heads={heads}, as many columns as in each key and value, "
                     f"{size} numbers a head; found {tuple(shape)}."
                 )
-            columns = shape[2] if columns is None else columns
-    if past.length is not None and not 0 <= past.length <= (columns or past.length):
+            if expected[2] is None:
+                expected = (batch, heads, shape[2], size)
+    columns = past.columns
+    if past.length is not None and (
+        past.length < 0 or (columns is not None and past.length > columns)
+    ):
         raise InputError(
             f"past_key_values: expected a length from 0 to {columns}, the columns of the cache, found "
             f"{past.length}."

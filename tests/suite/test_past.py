@@ -73,7 +73,7 @@ SPELLINGS: dict[str, Callable[[Pairs], Any]] = {
 }
 ROUGH = ("float16", "bfloat16")
 
-SHAPE = r"\(2, 4, any, 6\).*found"
+SHAPE = r"\(2, 4, columns, 6\).*found"
 SHAPE_5 = r"\(2, 4, 5, 6\).*found"
 REFUSED: dict[str, tuple[Callable[[Pairs], Any], str]] = {
     "a number": (lambda pairs: 3, "for each layer a pair .*found int"),
@@ -173,7 +173,10 @@ def test_refused_in_a_fixed_cache(backend: Backend, model: Any) -> None:
     wrong: list[tuple[Any, str]] = [
         (replace(cache, layers=layers[:2]), "expected 3 layers, found 2"),
         (replace(cache, layers=()), "expected 3 layers, found 0"),
-        (backend.init_cache(model, 1, 10), r"key of layer 0: .*\(2, 4, any, 6\).*\(1, 4, 10, 6\)"),
+        (
+            backend.init_cache(model, 1, 10),
+            r"key of layer 0: .*\(2, 4, columns, 6\).*\(1, 4, 10, 6\)",
+        ),
         (replace(cache, length=-1), "expected a length from 0 to 10.*found -1"),
         (replace(cache, length=11), "expected a length from 0 to 10.*found 11"),
         (
