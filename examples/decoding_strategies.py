@@ -14,6 +14,7 @@ import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Framework:
     package: str
     model: str
     arrays: str
+    options: dict[str, Any] = field(default_factory=dict)  # of `from_pretrained`
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Strategy:
 FRAMEWORKS = {
     "torch": Framework("opt_torch", "OPTForCausalLM", "pt"),
     "tf": Framework("opt_tf", "TFOPTForCausalLM", "tf"),
-    "flax": Framework("opt_flax", "FlaxOPTForCausalLM", "jax"),
+    "flax": Framework("opt_flax", "FlaxOPTForCausalLM", "jax", {"param_dtype": "float32"}),
 }
 
 TWO = {"num_return_sequences": 2}
@@ -109,8 +111,9 @@ def decode(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], l
     framework = FRAMEWORKS[options.backend]
     model_class = getattr(importlib.import_module(framework.package), framework.model)
     tokenizer = OPTTokenizer.from_pretrained(options.model)
-    model = model_class.from_pretrained(options.model)
-    assistant = model_class.from_pretrained(options.assistant) if options.assistant else model
+    load = partial(model_class.from_pretrained, **framework.options)
+    model = load(options.model)
+    assistant = load(options.assistant) if options.assistant else model
     inputs = tokenizer([options.prompt], return_tensors=framework.arrays)
     for name in options.strategy or STRATEGIES:
         given = {**STRATEGIES[name].options, "max_new_tokens": options.max_new_tokens}

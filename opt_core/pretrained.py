@@ -48,7 +48,9 @@ class Pretrained:
 
     config: OPTConfig
     generation_config: GenerationConfig
-    dtype: str  # name of the dtype to load in
+    dtype: str  # name of the dtype to load in; in Flax, to compute in
+    is_named: bool  # whether the caller named it; else it is the default, or "auto"
+    stored_dtype: str  # what "auto" stands for
     reader: CheckpointReader
     sources: dict[str, Source]
     report: LoadReport
@@ -105,7 +107,8 @@ def open_pretrained(
         name_or_path: a directory, or the name of a model on the hub.
         architecture: the class to load, by its name in PyTorch.
         config: a configuration instead of the checkpoint's own, or where to find one.
-        dtype: to load in: a dtype of any framework, its name, or "auto"; float32 by default.
+        dtype: to load in (in Flax, to compute in): a dtype of any framework, its name, or "auto";
+            float32 by default.
         torch_dtype: the same, by its older name.
         ignore_mismatched_sizes: tensors of another shape keep their initial values.
         output_loading_info: the caller takes the report of missing and unexpected tensors itself.
@@ -134,7 +137,9 @@ def open_pretrained(
         if architecture == "OPTForCausalLM":
             config = _as_tied(config, reader, name_or_path)
         sources, report = match(config, architecture, reader)
-        name = resolve_dtype(dtype if torch_dtype is None else torch_dtype, config, reader)
+        dtype = dtype if torch_dtype is None else torch_dtype
+        name = resolve_dtype(dtype, config, reader)
+        stored_dtype = resolve_dtype("auto", config, reader)
         config.torch_dtype = name
         generation_config = GenerationConfig.from_model_config(config)
         if (directory / GENERATION_CONFIG_NAME).is_file():
@@ -144,6 +149,8 @@ def open_pretrained(
             config,
             generation_config,
             name,
+            not (dtype is None or (isinstance(dtype, str) and dtype == "auto")),
+            stored_dtype,
             reader,
             sources,
             report,

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.lax import dynamic_update_slice_in_dim
 
+from opt_core.inputs import PastShapes, read_past
+from opt_flax.parts import is_readable
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
@@ -22,16 +25,24 @@ class LayerCache:
     value: Array
 
     def extended(self, key: Array, value: Array, length: Array | None) -> LayerCache:
-        """The cache with T more columns: appended, or written at column `length` of the buffers."""
+        """The cache with T more columns: appended, or written at column `length` of the buffers.
+
+        A cache of another dtype becomes one of the computation's.
+        """
+        past = self.to(key.dtype)
         if length is None:
             return LayerCache(
-                jnp.concatenate([self.key, key], axis=2),
-                jnp.concatenate([self.value, value], axis=2),
+                jnp.concatenate([past.key, key], axis=2),
+                jnp.concatenate([past.value, value], axis=2),
             )
         return LayerCache(
-            dynamic_update_slice_in_dim(self.key, key.astype(self.key.dtype), length, axis=2),
-            dynamic_update_slice_in_dim(self.value, value.astype(self.value.dtype), length, axis=2),
+            dynamic_update_slice_in_dim(past.key, key, length, axis=2),
+            dynamic_update_slice_in_dim(past.value, value, length, axis=2),
         )
+
+    def to(self, dtype: Any) -> LayerCache:
+        """The cache in that dtype; itself where it is."""
+        return LayerCache(self.key.astype(dtype), self.value.astype(dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -58,10 +69,14 @@ class KVCache(Sequence[tuple[Array, Array]]):
 
     @classmethod
     def from_pairs(cls, pairs: Any) -> KVCache:
-        """A growing cache from the reference's tuples, or the cache itself where it is one."""
+        """A growing cache from the reference's tuples, or the cache itself where it is one.
+
+        Raises:
+            InputError: not for each layer a pair.
+        """
         if isinstance(pairs, KVCache):
             return pairs
-        return cls(tuple(LayerCache(*map(jnp.asarray, pair)) for pair in pairs))
+        return cls(tuple(LayerCache(*pair) for pair in read_past(pairs, jnp.asarray)))
 
     def advanced(self, layers: tuple[LayerCache, ...], length: int) -> KVCache:
         """This cache with the layers after `length` more tokens."""
@@ -77,6 +92,21 @@ class KVCache(Sequence[tuple[Array, Array]]):
     def take(self, rows: Array) -> KVCache:
         """The cache of some rows [B]."""
         return KVCache(jax.tree.map(lambda x: x[rows], self.layers), self.length)
+
+    def shapes(self, *, waits: bool = False) -> PastShapes:
+        """What is known without looking at keys and values.
+
+        Args:
+            waits: whether to wait for a device that has the length.
+        """
+        length = self.length
+        is_known = is_readable(length) or (waits and not isinstance(length, jax.core.Tracer))
+        return PastShapes(
+            tuple((layer.key.shape, layer.value.shape) for layer in self.layers),
+            tuple((layer.key.dtype, layer.value.dtype) for layer in self.layers),
+            length is not None,
+            None if length is None or not is_known else int(length),
+        )
 
     @property
     def capacity(self) -> int:

@@ -96,8 +96,8 @@ class OPTDecoder(nn.Module):
             output_hidden_states = config.output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
         past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
-        past_length = 0 if past is None else past.used
         self._check(input_ids, inputs_embeds, attention_mask, position_ids, head_mask, past)
+        past_length = 0 if past is None else past.used
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, E]
@@ -263,7 +263,6 @@ class OPTDecoder(nn.Module):
         head_mask: Array | None,
         past: KVCache | None,
     ) -> None:
-        past_length = 0 if past is None else past.used
         check_call(
             self.config,
             input_ids=None if input_ids is None else input_ids.shape,
@@ -271,9 +270,7 @@ class OPTDecoder(nn.Module):
             attention_mask=None if attention_mask is None else attention_mask.shape,
             position_ids=None if position_ids is None else position_ids.shape,
             head_mask=None if head_mask is None else head_mask.shape,
-            past_length=int(past_length) if is_readable(past_length) else None,
-            capacity=None if past is None or past.length is None else past.capacity,
-            cached_layers=None if past is None else len(past),
+            past=None if past is None else past.shapes(),
         )
         # The values can be looked at only where nothing is traced and no device is waited for.
         if input_ids is not None and is_readable(input_ids) and input_ids.size:

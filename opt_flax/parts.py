@@ -14,6 +14,7 @@ from flax.core import Scope
 from flax.linen.dtypes import promote_dtype
 from jax import Array
 
+from opt_core.inputs import read_numbers
 from opt_core.params import Kind
 from opt_flax.decoding_weights import DECODING_LEAF
 from opt_flax.weights import initializer
@@ -183,6 +184,16 @@ def still_pads(vectors: Array, ids: Array, pad_token_id: int | None) -> Array:
     if pad_token_id is None:
         return vectors
     return jnp.where((ids == pad_token_id)[..., None], jax.lax.stop_gradient(vectors), vectors)
+
+
+def to_array(name: str, value: Any) -> Array:
+    """An argument of a call as an array of JAX, which would cut whole numbers to 32 bits unasked.
+
+    Raises:
+        InputError: see `opt_core.inputs.read_numbers`.
+    """
+    is_array = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
+    return jnp.asarray(value if is_array else read_numbers(name, value))
 
 
 def is_readable(value: Any) -> bool:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
@@ -22,10 +24,12 @@ from opt_core.resizing import resized_vocab_size
 from opt_flax.attention import DEFAULT_KERNEL, KERNELS
 from opt_flax.cache import KVCache
 from opt_flax.decoding_weights import check_layout, plain, prepare
+from opt_flax.parts import to_array
 from opt_flax.weights import (
     Params,
     assign,
     canonical_arrays,
+    cast,
     check_params,
     check_rows,
     find_rows,
@@ -271,13 +275,18 @@ class FlaxOPTPreTrainedModel:
     ) -> Self | tuple[Any, ...]:
         """Loads a checkpoint from a directory or from the hub.
 
+        As in the constructor, `dtype` is the computation's: it rounds no parameter. These keep the
+        type that each has in the file, unless `param_dtype` says otherwise, or a `dtype` is given
+        that is wider. In 16 bits they lose the small updates of a training: a warning says so, unless
+        `param_dtype` or `dtype` names that type.
+
         Args:
             name_or_path: a directory, or the name of a model on the hub.
             attn_implementation: "eager" (the default) or "sdpa".
             output_loading_info: returns (model, report) instead of raising about missing or
                 unexpected tensors.
-            param_dtype: to hold the parameters in; by default `dtype`, the computation's. The
-                reference's `dtype=jnp.bfloat16` is `dtype="bfloat16", param_dtype="float32"` here.
+            param_dtype: to hold the parameters in: a dtype, its name, or "auto" for that of the
+                checkpoint as a whole. Without it, what the checkpoint lacks starts anew in float32.
             _do_init: False returns (model, params), the model without parameters of its own; with
                 `output_loading_info`, (model, params, report).
             options: `dtype`, `config`, `ignore_mismatched_sizes`, hub options and configuration
@@ -286,15 +295,25 @@ class FlaxOPTPreTrainedModel:
         with open_pretrained(
             name_or_path, cls.architecture, output_loading_info=output_loading_info, **options
         ) as pretrained:
-            config = pretrained.config
+            config, sources = pretrained.config, pretrained.sources
+            if isinstance(param_dtype, str) and param_dtype == "auto":
+                param_dtype = pretrained.stored_dtype
             model = cls(
                 config,
                 dtype=pretrained.dtype,
                 _do_init=False,
-                param_dtype=pretrained.dtype if param_dtype is None else param_dtype,
+                param_dtype=jnp.float32 if param_dtype is None else param_dtype,
                 attn_implementation=attn_implementation,
             )
-            params = assign(config, cls.architecture, pretrained.sources, model.param_dtype)
+            held = partial(
+                _held_dtype,
+                None if param_dtype is None else model.param_dtype,
+                model.dtype if pretrained.is_named else None,
+            )
+            params = assign(config, cls.architecture, sources, held, model.param_dtype)
+        config.torch_dtype = find_rows(params, config, cls.architecture, EMBEDDING_NAME).dtype.name
+        if param_dtype is None:
+            _warn_of_16_bits(name_or_path, params, model.dtype)
         model.generation_config = pretrained.generation_config
         if _do_init:
             model._params = params
@@ -302,6 +321,18 @@ class FlaxOPTPreTrainedModel:
         if output_loading_info:
             loaded += (pretrained.report.loading_info(),)
         return loaded if len(loaded) > 1 else model
+
+    def to_bf16(self, params: Mapping[str, Any], mask: Any = None) -> Params:
+        """Another tree of parameters, in bfloat16; with a mask (a tree of bools), where it is True."""
+        return cast(params, jnp.bfloat16, mask)
+
+    def to_fp16(self, params: Mapping[str, Any], mask: Any = None) -> Params:
+        """Another tree of parameters, in float16; with a mask (a tree of bools), where it is True."""
+        return cast(params, jnp.float16, mask)
+
+    def to_fp32(self, params: Mapping[str, Any], mask: Any = None) -> Params:
+        """Another tree of parameters, in float32; with a mask (a tree of bools), where it is True."""
+        return cast(params, jnp.float32, mask)
 
     def save_pretrained(
         self,
@@ -361,7 +392,7 @@ class FlaxOPTPreTrainedModel:
                 "pass one such as jax.random.key(0), a new one for each step."
             )
         for name, value in arrays.items():
-            arguments[name] = None if value is None else jnp.asarray(value)
+            arguments[name] = None if value is None else to_array(name, value)
         return self.module.apply(
             {"params": self._given(params)},
             **arguments,
@@ -379,3 +410,29 @@ def _available(dtype: Any) -> np.dtype:
             'jax.config.update("jax_enable_x64", True).'
         )
     return found
+
+
+def _warn_of_16_bits(where: object, params: Params, dtype: np.dtype) -> None:
+    """Says that parameters have 16 bits, unless that is the dtype of the computation too."""
+    narrow = {x.dtype for x in jax.tree.leaves(params) if x.dtype.itemsize == 2} - {dtype}
+    if narrow:
+        names = " and ".join(sorted(x.name for x in narrow))
+        warnings.warn(
+            f"The parameters of {where} are kept in {names}, in which a training loses small updates. "
+            'Pass param_dtype="float32" to train (to decode on a CPU, too), or '
+            f'param_dtype="{min(x.name for x in narrow)}" if it is meant.',
+            stacklevel=3,
+        )
+
+
+def _held_dtype(param_dtype: np.dtype | None, named: np.dtype | None, stored: np.dtype) -> np.dtype:
+    """The dtype to hold a tensor in: the one asked for, else its own.
+
+    Args:
+        named: that of the computation, where the caller named it: one that is wider counts as asked for.
+        stored: the file's.
+    """
+    if param_dtype is not None:
+        return param_dtype
+    own = jax.dtypes.canonicalize_dtype(stored)  # float64 only where JAX has it switched on
+    return named if named is not None and named.itemsize > own.itemsize else own

@@ -64,11 +64,22 @@ def flax_shape(param: Param) -> tuple[int, ...]:
     return param.shape[::-1] if param.transposed("flax") else param.shape
 
 
-def assign(config: OPTConfig, arch: str, sources: Mapping[str, Source], dtype: Any) -> Params:
-    """The parameters of a checkpoint in `dtype`, read one at a time; missing ones start anew."""
+def assign(
+    config: OPTConfig,
+    arch: str,
+    sources: Mapping[str, Source],
+    dtype: Callable[[np.dtype], np.dtype],
+    param_dtype: Any,
+) -> Params:
+    """The parameters of a checkpoint, read one at a time; missing ones start anew.
+
+    Args:
+        dtype: gives for a tensor's dtype in the file the one to hold it in.
+        param_dtype: of those that start anew.
+    """
     table = param_table(config, arch)
     missing = tuple(p for p in table if p.name not in sources)
-    values = initialize(jax.random.key(0), config, missing, arch, dtype)
+    values = initialize(jax.random.key(0), config, missing, arch, param_dtype)
     for param in table:
         if param.name in sources:
             values[param.path("flax", arch)] = to_array(sources[param.name], dtype)
@@ -82,9 +93,31 @@ def resized(weight: Array, size: int, std: float, key: Array) -> Array:
     return jnp.concatenate([weight[:size], rows])
 
 
-def to_array(source: Source, dtype: Any) -> Array:
-    """The parameter in `dtype`; JAX takes over the memory of an aligned array instead of copying."""
-    return jax.device_put(source.read("flax").astype(dtype, copy=False))
+def to_array(source: Source, dtype: Callable[[np.dtype], np.dtype]) -> Array:
+    """The parameter; JAX takes over the memory of an aligned array instead of copying."""
+    values = source.read("flax")
+    return jax.device_put(values.astype(dtype(values.dtype), copy=False))
+
+
+def cast(params: Mapping[str, Any], dtype: Any, mask: Any = None) -> Params:
+    """Another tree, with the floating-point leaves in `dtype`: all, or those where the mask is True.
+
+    Raises:
+        InputError: a mask of another structure.
+    """
+
+    def cast_leaf(leaf: Any, chosen: bool) -> Any:
+        is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.asarray(leaf, dtype) if chosen and is_float else leaf
+
+    tree = unfreeze(dict(params))
+    chosen = jax.tree.map(lambda _: True, tree) if mask is None else unfreeze(dict(mask))
+    if jax.tree.structure(chosen) != jax.tree.structure(tree):
+        raise InputError(
+            "mask: expected a tree of the structure of params, with True where a leaf is to be cast, "
+            f"found {jax.tree.structure(chosen)}."
+        )
+    return jax.tree.map(cast_leaf, tree, chosen)
 
 
 def check_params(params: Mapping[str, Any], config: OPTConfig, arch: str) -> Params:

@@ -11,6 +11,9 @@ import keras
 import tensorflow as tf
 from tensorflow import Tensor
 
+from opt_core.inputs import PastShapes, read_past
+from opt_tf.parts import known_shape
+
 
 class LayerCache(NamedTuple):
     """One layer's keys and values, each [B, N, S, H]: what a head reads lies together."""
@@ -19,16 +22,24 @@ class LayerCache(NamedTuple):
     value: Tensor
 
     def extended(self, key: Tensor, value: Tensor, length: int | Tensor | None) -> LayerCache:
-        """The cache with T more columns: appended, or written at column `length` of the buffers."""
+        """The cache with T more columns: appended, or written at column `length` of the buffers.
+
+        A cache of another dtype becomes one of the computation's.
+        """
+        past = self.to(key.dtype)
         if length is None:
             return LayerCache(
-                tf.concat([self.key, key], axis=2), tf.concat([self.value, value], axis=2)
+                tf.concat([past.key, key], axis=2), tf.concat([past.value, value], axis=2)
             )
         start = (0, 0, length, 0)
         return LayerCache(
-            keras.ops.slice_update(self.key, start, key),
-            keras.ops.slice_update(self.value, start, value),
+            keras.ops.slice_update(past.key, start, key),
+            keras.ops.slice_update(past.value, start, value),
         )
+
+    def to(self, dtype: tf.DType) -> LayerCache:
+        """The cache in that dtype; itself where it is."""
+        return LayerCache(tf.cast(self.key, dtype), tf.cast(self.value, dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +67,14 @@ class KVCache:
 
     @classmethod
     def from_pairs(cls, pairs: Any) -> KVCache:
-        """A growing cache from the reference's tuples, or the cache itself where it is one."""
+        """A growing cache from the reference's tuples, or the cache itself where it is one.
+
+        Raises:
+            InputError: not for each layer a pair.
+        """
         if isinstance(pairs, KVCache):
             return pairs
-        return cls(tuple(LayerCache(*map(tf.convert_to_tensor, pair)) for pair in pairs))
+        return cls(tuple(LayerCache(*pair) for pair in read_past(pairs, tf.convert_to_tensor)))
 
     def advanced(self, layers: tuple[LayerCache, ...], length: int | Tensor) -> KVCache:
         """This cache with the layers after `length` more tokens."""
@@ -78,6 +93,16 @@ class KVCache:
         """The cache of some rows [B]."""
         layers = tuple(LayerCache(*(tf.gather(x, rows) for x in layer)) for layer in self.layers)
         return KVCache(layers, self.length)
+
+    def shapes(self) -> PastShapes:
+        """What is known without looking at keys and values."""
+        length = None if self.length is None else self.used
+        return PastShapes(
+            tuple((known_shape(layer.key), known_shape(layer.value)) for layer in self.layers),
+            tuple((layer.key.dtype, layer.value.dtype) for layer in self.layers),
+            self.length is not None,
+            length if isinstance(length, int) else None,
+        )
 
     @property
     def capacity(self) -> int | Tensor:

@@ -31,8 +31,7 @@ def serving_function(model: Any, dtype: tf.DType = tf.int32) -> Callable[..., di
     }
 
     def serving(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        given = {name: tf.cast(value, tf.int32) for name, value in inputs.items()}
-        return serving_output(model(given, use_cache=False, return_dict=True, training=False))
+        return serving_output(model(inputs, use_cache=False, return_dict=True, training=False))
 
     return tf.function(serving, input_signature=[signature], autograph=False)
 

@@ -11,7 +11,13 @@ import numpy as np
 import tensorflow as tf
 
 from opt_core import InputError, OPTConfig
-from opt_core.inputs import check_call, check_ids, check_positions
+from opt_core.inputs import (
+    check_call,
+    check_ids,
+    check_positions,
+    check_width,
+    read_numbers,
+)
 from opt_tf.cache import KVCache
 from opt_tf.parts import is_readable
 
@@ -88,13 +94,7 @@ def _holds_inputs(values: Sequence[Any]) -> bool:
 def _to_tensor(name: str, value: Any) -> Any:
     if tf.is_tensor(value) or keras.utils.is_keras_tensor(value):
         return value
-    try:
-        return tf.convert_to_tensor(np.asarray(value))
-    except ValueError as error:
-        raise InputError(
-            f"{name}: expected a tensor, an array or rows of equal length, found "
-            f"{type(value).__name__} ({error})."
-        ) from error
+    return tf.convert_to_tensor(read_numbers(name, value))
 
 
 def check_inputs(config: OPTConfig, inputs: Mapping[str, Any]) -> None:
@@ -104,19 +104,16 @@ def check_inputs(config: OPTConfig, inputs: Mapping[str, Any]) -> None:
         InputError: arguments that do not fit each other or the model.
     """
     past = inputs.get("past_key_values")
-    past = None if past is None else KVCache.from_pairs(past)
-    fixed = past is not None and past.length is not None
     input_ids, position_ids = inputs.get("input_ids"), inputs.get("position_ids")
+    attention_mask = inputs.get("attention_mask")
     check_call(
         config,
         input_ids=_shape(input_ids),
         inputs_embeds=_shape(inputs.get("inputs_embeds")),
-        attention_mask=_shape(inputs.get("attention_mask")),
+        attention_mask=_shape(attention_mask),
         position_ids=_shape(position_ids),
         head_mask=_shape(inputs.get("head_mask")),
-        past_length=0 if past is None else _known(past.used),
-        capacity=_known(past.capacity) if fixed else None,
-        cached_layers=None if past is None else len(past),
+        past=None if past is None else KVCache.from_pairs(past).shapes(),
     )
     # The values can be looked at only where that costs no synchronisation.
     if is_readable(input_ids):
@@ -125,11 +122,10 @@ def check_inputs(config: OPTConfig, inputs: Mapping[str, Any]) -> None:
     if is_readable(position_ids):
         smallest, largest = tf.reduce_min(position_ids), tf.reduce_max(position_ids)
         check_positions(int(smallest), int(largest), config.max_position_embeddings)
+    if is_readable(attention_mask) and attention_mask.dtype in (tf.int64, tf.uint64):
+        smallest, largest = tf.reduce_min(attention_mask), tf.reduce_max(attention_mask)
+        check_width("attention_mask", int(smallest), int(largest))
 
 
 def _shape(value: Any) -> tuple[int | None, ...] | None:
     return None if value is None else tuple(value.shape)
-
-
-def _known(value: Any) -> int | None:
-    return value if isinstance(value, int) else None

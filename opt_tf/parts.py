@@ -134,6 +134,11 @@ def still_pads(vectors: Tensor, ids: Tensor, pad_token_id: int | None) -> Tensor
     return tf.where((ids == pad_token_id)[..., None], tf.stop_gradient(vectors), vectors)
 
 
+def known_shape(value: Tensor) -> tuple[int | None, ...] | None:
+    """The shape, with None for what a graph does not know: a length, or all of it."""
+    return None if value.shape.rank is None else tuple(value.shape)
+
+
 def is_readable(value: Any) -> bool:
     """Whether the values lie in the CPU's memory, now."""
     if not tf.is_tensor(value) or not tf.executing_eagerly() or 0 in value.shape:

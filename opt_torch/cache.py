@@ -5,11 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from opt_core.inputs import PastShapes, read_past
+from opt_torch.parts import is_concrete, is_readable, to_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,10 +24,14 @@ class LayerCache:
     value: Tensor
 
     def extended(self, key: Tensor, value: Tensor, length: int | Tensor | None) -> LayerCache:
-        """The cache with T more columns: appended, or written at column `length` of the buffers."""
+        """The cache with T more columns: appended, or written at column `length` of the buffers.
+
+        A cache of another dtype becomes one of the computation's.
+        """
+        past = self.to(key.dtype)
         if length is None:
             return LayerCache(
-                torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
+                torch.cat([past.key, key], dim=2), torch.cat([past.value, value], dim=2)
             )
         count = key.shape[2]
         columns: Any
@@ -33,9 +41,15 @@ class LayerCache:
             columns = length[None]
         else:
             columns = length + torch.arange(count, device=key.device)
-        self.key[:, :, columns] = key
-        self.value[:, :, columns] = value
-        return self
+        past.key[:, :, columns] = key
+        past.value[:, :, columns] = value
+        return past
+
+    def to(self, dtype: torch.dtype) -> LayerCache:
+        """The cache in that dtype; itself where it is."""
+        if self.key.dtype == self.value.dtype == dtype:
+            return self
+        return LayerCache(self.key.to(dtype), self.value.to(dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +85,20 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
         return cls(layers, 0)
 
     @classmethod
-    def from_pairs(cls, pairs: Any) -> KVCache:
-        """A growing cache from the reference's tuples, or the cache itself where it is one."""
+    def from_pairs(cls, pairs: Any, device: torch.device | None = None) -> KVCache:
+        """A growing cache from the reference's tuples, or the cache itself where it is one.
+
+        Args:
+            device: of keys and values that are no tensors yet.
+
+        Raises:
+            InputError: not for each layer a pair.
+        """
         if isinstance(pairs, KVCache):
             return pairs
-        return cls(tuple(LayerCache(*pair) for pair in pairs))
+        return cls(
+            tuple(LayerCache(*x) for x in read_past(pairs, partial(to_tensor, device=device)))
+        )
 
     def advanced(self, layers: tuple[LayerCache, ...], length: int) -> KVCache:
         """This cache with the layers after `length` more tokens."""
@@ -95,6 +118,23 @@ class KVCache(Sequence[tuple[Tensor, Tensor]]):
         """The cache of some rows [B]."""
         layers = tuple(LayerCache(layer.key[rows], layer.value[rows]) for layer in self.layers)
         return KVCache(layers, self.length)
+
+    def shapes(self, *, waits: bool = False) -> PastShapes:
+        """What is known without looking at keys and values.
+
+        Args:
+            waits: whether to wait for a device that has the length.
+        """
+        length = self.length
+        if isinstance(length, Tensor):
+            is_known = is_concrete(length) if waits else is_readable(length)
+            length = int(length) if is_known else None
+        return PastShapes(
+            tuple((layer.key.shape, layer.value.shape) for layer in self.layers),
+            tuple((layer.key.dtype, layer.value.dtype) for layer in self.layers),
+            self.length is not None,
+            length if isinstance(length, int) else None,
+        )
 
     @property
     def capacity(self) -> int:

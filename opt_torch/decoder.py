@@ -70,15 +70,18 @@ class OPTDecoder(nn.Module):
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
-        past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
-        past_length = 0 if past is None else past.used
+        past = None
+        if past_key_values is not None:
+            rows = inputs_embeds if input_ids is None else input_ids
+            past = KVCache.from_pairs(past_key_values, None if rows is None else rows.device)
         self._check(input_ids, inputs_embeds, attention_mask, position_ids, head_mask, past)
+        past_length = 0 if past is None else past.used
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, E]
         length = inputs_embeds.shape[1]
         # A query of a compiled program runs over all columns; the bias hides those not in use.
-        total = past_length + length if isinstance(past_length, int) else past.capacity
+        total = past.capacity if isinstance(past_length, Tensor) else past_length + length
         if attention_mask is not None:  # of a fixed cache: longer
             attention_mask = F.pad(attention_mask, (0, total - attention_mask.shape[1]))
             if length > 1 and without_effect(attention_mask):
@@ -200,7 +203,7 @@ class OPTDecoder(nn.Module):
         batch_size, length = hidden_states.shape[:2]
         if kernel is KERNELS["flash_attention_2"]:
             return pack(attention_mask, texts, batch_size, length), length > 1
-        if attention_mask is None and texts is None and isinstance(past_length, int):
+        if attention_mask is None and texts is None and not isinstance(past_length, Tensor):
             if length == 1:  # one query sees all keys
                 return None, False
             if past_length == 0 and kernel is not KERNELS["eager"]:
@@ -258,7 +261,6 @@ class OPTDecoder(nn.Module):
         head_mask: Tensor | None,
         past: KVCache | None,
     ) -> None:
-        past_length = 0 if past is None else past.used
         check_call(
             self.config,
             input_ids=None if input_ids is None else input_ids.shape,
@@ -266,9 +268,7 @@ class OPTDecoder(nn.Module):
             attention_mask=None if attention_mask is None else attention_mask.shape,
             position_ids=None if position_ids is None else position_ids.shape,
             head_mask=None if head_mask is None else head_mask.shape,
-            past_length=past_length if isinstance(past_length, int) else None,
-            capacity=None if past is None or past.length is None else past.capacity,
-            cached_layers=None if past is None else len(past),
+            past=None if past is None else past.shapes(),
         )
         # The values can be looked at only where that costs no graph break and no synchronisation.
         if input_ids is not None and is_readable(input_ids):

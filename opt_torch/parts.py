@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from opt_core.inputs import IGNORED_LABEL
+from opt_torch.weights import from_numpy
 
 
 class DecodingWeight(Protocol):
@@ -123,6 +125,13 @@ class CrossEntropy(Function):
             weights.scatter_add_(-1, chosen, torch.full_like(shift, -1))
             result.copy_(weights.mul_(factor))
         return found, None
+
+
+def to_tensor(value: Any, device: torch.device | None) -> Tensor:
+    """The tensor itself, or a copy of what numpy takes for an array: tensors can be written to."""
+    if isinstance(value, Tensor):
+        return value
+    return from_numpy(np.array(value)).to(device)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -72,8 +72,15 @@ class CausalLM:
 
     @classmethod
     def load(cls, framework: Framework, model: str, dtype: str | None) -> Self:
-        """Loads a checkpoint in evaluation mode; raises OPTError."""
-        return cls(framework, cls.model_class(framework).from_pretrained(model, dtype=dtype))
+        """Loads a checkpoint in evaluation mode; raises OPTError.
+
+        Args:
+            dtype: of parameters and computation; None for float32.
+        """
+        options = {"dtype": dtype}
+        if framework is Framework.FLAX:  # where `dtype` is the computation's alone
+            options["param_dtype"] = dtype or "float32"
+        return cls(framework, cls.model_class(framework).from_pretrained(model, **options))
 
     def logits(self, inputs: dict[str, Any]) -> NDArray[np.float32]:
         """[B, T] ids and mask -> [B, T, V]."""

@@ -30,7 +30,10 @@ class FlaxTrainer(Trainer):
         self.modules = ("jax", "flax", "optax")
         if owner == "transformers":
             self.modules = (owner, *self.modules)
-        self.model = model_class(owner).from_pretrained(checkpoint, dropout=float(dropout))
+        options: dict[str, Any] = {"dropout": float(dropout)}
+        if owner == "ours":
+            options["param_dtype"] = "float32"
+        self.model = model_class(owner).from_pretrained(checkpoint, **options)
         self.optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         params = self.model.params
         self.state = (params, self.optimizer.init(params), jax.random.PRNGKey(0))

@@ -16,7 +16,7 @@ from opt_core.config import OPTConfig
 from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.plan import DecodePlan, PromptLengths, S
-from opt_core.inputs import Shape, check_ids
+from opt_core.inputs import PastShapes, Shape, check_ids, check_past
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,20 @@ class GivenPrompts:
 
     Attributes:
         embeds_shape: [B, T, E] of `inputs_embeds`, where given.
-        past_shape: [B, N, S, H] of what `past_key_values` holds of a layer, where given.
+        past: the shapes of `past_key_values`, where given.
     """
 
     input_ids: Any
     attention_mask: Any
     embeds_shape: Shape | None = None
-    past_shape: Shape | None = None
+    past: PastShapes | None = None
     negative_ids: Any = None
     negative_mask: Any = None
 
     @property
     def past_length(self) -> int:
         """The columns of `past_key_values`."""
-        return 0 if self.past_shape is None else int(self.past_shape[2] or 0)
+        return 0 if self.past is None else self.past.used or 0
 
 
 def read_prompts(
@@ -97,8 +97,8 @@ def read_prompts(
     tokens, mask = tokens.astype(np.int32), mask.astype(np.int32)
     ids = None if embeds_only else tokens
     order = xp.argsort(mask, axis=1, stable=True)  # [B, T]
-    if given.past_shape is not None:
-        _check_past(given, given.past_shape, order, config, xp)
+    if given.past is not None:
+        _check_past(given, given.past, order, config, xp)
     tokens, mask = (xp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
     known = xp.zeros_like(mask) if embeds_only else mask
     counted = 0 if embeds_only else tokens.shape[1]
@@ -232,23 +232,24 @@ def _read(name: str, value: Any, xp: Any) -> Any:
         ) from error
 
 
-def _check_past(given: GivenPrompts, shape: Shape, order: Any, config: OPTConfig, xp: Any) -> None:
+def _check_past(
+    given: GivenPrompts, past: PastShapes, order: Any, config: OPTConfig, xp: Any
+) -> None:
     rows, columns = order.shape
-    heads = config.num_attention_heads
-    expected = (rows, heads, config.hidden_size // heads)
-    if (shape[0], shape[1], shape[3]) != expected:
+    check_past(config, past, rows)
+    if past.used is None:
         raise InputError(
-            f"past_key_values: expected keys ({rows}, {heads}, columns, {expected[2]}), for as many "
-            f"rows as the prompts have, found {tuple(shape)}."
+            "past_key_values: how many tokens it holds must be known where generate is traced. Give "
+            "pairs of keys and values, whose shapes say it."
         )
     if given.embeds_shape is not None:
         raise InputError("past_key_values and inputs_embeds cannot be given together.")
-    if given.past_length >= columns:
+    if past.used >= columns:
         raise InputError(
-            f"past_key_values holds {given.past_length} tokens, and input_ids only {columns}: give "
+            f"past_key_values holds {past.used} tokens, and input_ids only {columns}: give "
             "all tokens, those in the cache and at least one that is not."
         )
-    if xp is np and (order != np.arange(columns)).any():
+    if past.used and xp is np and (order != np.arange(columns)).any():
         raise InputError(
             "Prompts that continue past_key_values must be padded on the left: the cache cannot move."
         )

@@ -43,6 +43,7 @@ from opt_flax.generation.decode import Noise, decode_step, first_state, prefill
 from opt_flax.generation.search import search
 from opt_flax.generation.state import Decoded, Inputs
 from opt_flax.outputs import GenerateOutput
+from opt_flax.parts import to_array
 
 LOOPS: Mapping[type[Strategy], Callable[..., Decoded]] = {
     Search: search,
@@ -81,7 +82,8 @@ def generate(
         generation_config: options instead of the model's own.
         attention_mask: [B, T], 1 at real tokens; by default told by the pad token.
         inputs_embeds: [B, T, E], instead of the ids, or of the ids given.
-        past_key_values: a cache of the first tokens of `input_ids`.
+        past_key_values: a cache of the first tokens of `input_ids`, with a row for each prompt,
+            whatever the number of beams.
         negative_prompt_ids: [B, any] what `guidance_scale` leads away from, with its mask
             `negative_prompt_attention_mask`; by default the last token of each prompt.
         seed: of the sampling; None draws a fresh one from the operating system.
@@ -106,18 +108,26 @@ def generate(
     params = model._given(params)
     past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
     embeds = None if inputs_embeds is None else jnp.asarray(inputs_embeds)
+    texts = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "negative_prompt_ids": negative_prompt_ids,
+        "negative_prompt_attention_mask": negative_prompt_attention_mask,
+    }
+    is_traced = _is_traced((jnp.zeros(()), params, texts, embeds, past, noise, prng_key))
+    xp = jnp if _is_traced(texts) else np
+    if xp is jnp:
+        texts = {name: None if x is None else to_array(name, x) for name, x in texts.items()}
     given = GivenPrompts(
-        input_ids,
-        attention_mask,
+        texts["input_ids"],
+        texts["attention_mask"],
         embeds_shape=None if embeds is None else embeds.shape,
-        past_shape=None if not past else past[0][0].shape,
-        negative_ids=negative_prompt_ids,
-        negative_mask=negative_prompt_attention_mask,
+        past=None if past is None else past.shapes(waits=True),
+        negative_ids=texts["negative_prompt_ids"],
+        negative_mask=texts["negative_prompt_attention_mask"],
     )
-    ids = (input_ids, attention_mask, negative_prompt_ids, negative_prompt_attention_mask)
-    is_traced = _is_traced((jnp.zeros(()), params, ids, embeds, past, noise, prng_key))
-    xp = jnp if _is_traced(ids) else np
     prompts = read_prompts(given, config, model.config, xp)
+    past = past if prompts.lengths.past else None  # an empty one is none
     plan = make_plan(config, model.config, prompts.lengths, hooks)
     positions = prompts.lengths.longest + plan.max_new_tokens - 1
     hooks.check_assistant(model, positions, from_ids=embeds is None and past is None)

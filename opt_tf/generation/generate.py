@@ -78,7 +78,8 @@ def generate(
         generation_config: options instead of the model's own.
         attention_mask: [B, T], 1 at real tokens; by default told by the pad token.
         inputs_embeds: [B, T, E], instead of the ids, or of the ids given.
-        past_key_values: a cache of the first tokens of `input_ids`.
+        past_key_values: a cache of the first tokens of `input_ids`, with a row for each prompt,
+            whatever the number of beams.
         negative_prompt_ids: [B, any] what `guidance_scale` leads away from, with its mask
             `negative_prompt_attention_mask`; by default the last token of each prompt.
         seed: of the sampling; None draws a fresh one from TensorFlow's global generator.
@@ -108,11 +109,12 @@ def generate(
         _array(input_ids),
         _array(attention_mask),
         embeds_shape=None if embeds is None else tuple(embeds.shape),
-        past_shape=None if not past else tuple(past[0][0].shape),
+        past=None if past is None else past.shapes(),
         negative_ids=_array(negative_prompt_ids),
         negative_mask=_array(negative_prompt_attention_mask),
     )
     prompts = read_prompts(given, config, model.config)
+    past = past if prompts.lengths.past else None  # an empty one is none
     plan = make_plan(config, model.config, prompts.lengths, hooks)
     positions = prompts.lengths.longest + plan.max_new_tokens - 1
     hooks.check_assistant(model, positions, from_ids=embeds is None and past is None)

@@ -26,6 +26,7 @@ WEIGHTS = "Keras' fit takes weights of rows and labels"
 LINEN = "a Linen module holds no parameters; the class around it does"
 OFFLOAD = "accelerate places torch modules alone"
 STATE = "parameters live in the modules of torch alone"
+TWO_DTYPES = "parameters in Flax have a dtype beside the computation's"
 CUDA = "torch runs its kernels one by one, and its host asks an accelerator only where it must"
 FLASH = "FlashAttention-2 is told where the real tokens are, which a compiled program cannot see"
 
@@ -115,6 +116,8 @@ NAMES: dict[tuple[str, str, str], str] = {
         "*.init_weights *.params *._given *._call _available *._decoder *._set_rows "
         "*.enable_gradient_checkpointing HEAD",
     ): LINEN,
+    ("flax", "pretrained.py", "*.to_bf16 *.to_fp16 *.to_fp32 _*_16_bits _held_dtype"): TWO_DTYPES,
+    ("flax", "weights.py", "cast"): TWO_DTYPES,
     (
         "flax",
         "weights.py",
@@ -137,6 +140,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "attn_implementation": "handed on among Keras' own arguments",
         "training": "Keras' word for a mode that torch keeps in the module",
         "device": "TensorFlow places tensors by itself",
+        "waits": "TensorFlow has a length at hand, or does not know it",
         "device_map": OFFLOAD,
         "max_memory": OFFLOAD,
         "offload_folder": OFFLOAD,

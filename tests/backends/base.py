@@ -68,7 +68,10 @@ class Backend(ABC):
     def load(
         self, path: str | Path, *, architecture: str = "OPTForCausalLM", **options: Any
     ) -> Any:
-        """`from_pretrained` of a class, by its name in PyTorch, with its options as they are."""
+        """`from_pretrained` of a class, by its name in PyTorch, with its options as they are.
+
+        `dtype` and `torch_dtype` are that of the parameters and of the computation.
+        """
 
     @abstractmethod
     def create(

@@ -39,6 +39,9 @@ class FlaxBackend(Backend):
     def load(
         self, path: str | Path, *, architecture: str = "OPTForCausalLM", **options: Any
     ) -> Any:
+        # Parameters keep the file's dtype in Flax; the suite means that of parameters and computation.
+        asked = [options[key] for key in ("dtype", "torch_dtype") if options.get(key) is not None]
+        options = {"param_dtype": asked[0] if asked else "float32", **options}
         return self._class(architecture).from_pretrained(path, **options)
 
     def create(

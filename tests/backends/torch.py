@@ -192,12 +192,9 @@ class TorchBackend(Backend):
 
 
 def _tensor(value: Any) -> Any:
-    """Arrays as tensors, also in the pairs of past_key_values; all else as it is."""
-    if isinstance(value, np.ndarray):
-        return torch.tensor(value)  # a copy: the golden arrays are not to be written
-    if isinstance(value, list | tuple):
-        return type(value)(_tensor(item) for item in value)
-    return value
+    """Arrays as tensors; all else as it is, also the pairs of past_key_values."""
+    # A copy: the golden arrays are not to be written.
+    return torch.tensor(value) if isinstance(value, np.ndarray) else value
 
 
 def _numpy(value: Any) -> Any:

@@ -19,6 +19,7 @@ from opt_core.generation.prompts import (
     infers_mask,
     read_prompts,
 )
+from opt_core.inputs import PastShapes
 
 MODEL = OPTConfig(vocab_size=30, hidden_size=8, num_attention_heads=2, max_position_embeddings=20)
 OPTIONS = GenerationConfig(pad_token_id=1, bos_token_id=2, eos_token_id=2)
@@ -29,6 +30,13 @@ def read(ids: Any, mask: Any = None, options: GenerationConfig = OPTIONS, **give
     ids = None if ids is None else np.array(ids)
     mask = None if mask is None else np.array(mask)
     return read_prompts(GivenPrompts(ids, mask, **given), options, MODEL)
+
+
+def past(*shape: int, length: int | None = None, is_fixed: bool = False) -> PastShapes:
+    """Each layer's key and value of one shape."""
+    layers = MODEL.num_hidden_layers
+    dtypes = (("float32", "float32"),) * layers
+    return PastShapes(((shape, shape),) * layers, dtypes, is_fixed, length)
 
 
 def test_a_mask_is_told_by_pads_that_are_no_ends() -> None:
@@ -93,16 +101,24 @@ def test_embeddings_alone_have_no_known_tokens() -> None:
 
 
 def test_a_cache_must_leave_something_to_run() -> None:
-    assert read([[5, 6, 7]], past_shape=(1, 2, 2, 4)).lengths.past == 2
+    assert read([[5, 6, 7]], past=past(1, 2, 2, 4)).lengths.past == 2
     with pytest.raises(InputError, match="holds 3 tokens, and input_ids only 3"):
-        read([[5, 6, 7]], past_shape=(1, 2, 3, 4))
+        read([[5, 6, 7]], past=past(1, 2, 3, 4))
     with pytest.raises(InputError, match="must be padded on the left"):
-        read([[5, 6, 1]], past_shape=(1, 2, 1, 4))
+        read([[5, 6, 1]], past=past(1, 2, 1, 4))
     with pytest.raises(InputError, match="cannot be given together"):
-        read([[5, 6]], past_shape=(1, 2, 1, 4), embeds_shape=(1, 2, 8))
+        read([[5, 6]], past=past(1, 2, 1, 4), embeds_shape=(1, 2, 8))
     for shape in [(2, 2, 1, 4), (1, 4, 1, 4), (1, 2, 1, 8)]:
-        with pytest.raises(InputError, match=r"expected keys \(1, 2, columns, 4\), for as many"):
-            read([[5, 6]], past_shape=shape)
+        with pytest.raises(
+            InputError, match=r"key of layer 0: expected the shape \(1, 2, columns, 4\)"
+        ):
+            read([[5, 6]], past=past(*shape))
+
+
+def test_how_much_of_a_fixed_cache_is_in_use_must_be_known() -> None:
+    assert read([[5, 6, 7]], past=past(1, 2, 9, 4, length=2, is_fixed=True)).lengths.past == 2
+    with pytest.raises(InputError, match="how many tokens it holds must be known"):
+        read([[5, 6, 7]], past=past(1, 2, 9, 4, is_fixed=True))
 
 
 def test_guides_are_a_second_half() -> None:
@@ -123,7 +139,7 @@ def test_guides_are_a_second_half() -> None:
     [
         ({"negative_ids": np.array([[3]])}, "needs a guidance_scale"),
         ({"negative_ids": np.array([[3], [4]]), "scale": 2.0}, "expected 1 rows, .* found 2"),
-        ({"past_shape": (1, 2, 1, 4), "scale": 2.0}, "guidance_scale needs input_ids alone"),
+        ({"past": past(1, 2, 1, 4), "scale": 2.0}, "guidance_scale needs input_ids alone"),
         ({"embeds_shape": (1, 2, 8), "scale": 2.0}, "guidance_scale needs input_ids alone"),
     ],
 )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every Python block of README and docs runs; each page and framework in a process of its own.
 
-A block that begins with `# not run` is left out.
+A block that begins with `# not run` is left out. Who copies one is warned of nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def test_blocks_run(key: tuple[str, str], tmp_path: Path) -> None:
     script.write_text("\n".join(programs()[key]), encoding="utf-8")
     code = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(script)!r})"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error::UserWarning:<run_path>", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     if key[0] == "README.md":

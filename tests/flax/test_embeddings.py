@@ -116,7 +116,7 @@ def test_parameters_apart_from_their_model(folder):
 
 
 def test_a_number_format_is_kept():
-    model = load(UNTIED, dtype="bfloat16")
+    model = load(UNTIED, param_dtype="bfloat16")
     assert model.resize_token_embeddings(50).dtype == jnp.bfloat16
     assert model.get_output_embeddings().dtype == jnp.bfloat16
 

@@ -24,7 +24,7 @@ def test_it_learns_and_the_merged_model_answers(tmp_path):
     lora_flax.main([*plan, "--output", str(tmp_path)])
     tokenizer = OPTTokenizer.from_pretrained(tmp_path)
     _, data = lora_flax.train_and_held_out(lora_flax.parse([]), tokenizer)
-    model = FlaxOPTForCausalLM.from_pretrained(TINY_SUMS)
+    model = FlaxOPTForCausalLM.from_pretrained(TINY_SUMS, param_dtype="float32")
     run = jax.jit(lambda params: model(data.input_ids, params=params).logits.argmax(-1))
     trained = FlaxOPTForCausalLM.from_pretrained(tmp_path)
     before, after = (

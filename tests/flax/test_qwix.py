@@ -31,7 +31,7 @@ IDS = jax.random.randint(jax.random.key(1), (2, 6), 3, 99)
 
 
 def load(folder=GOLDEN.folder):
-    return FlaxOPTForCausalLM.from_pretrained(folder)
+    return FlaxOPTForCausalLM.from_pretrained(folder, param_dtype="float32")
 
 
 def wrapped(rounded=None, path=r".*/(project_in|project_out|layers/.*)"):

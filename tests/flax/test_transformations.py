@@ -192,6 +192,52 @@ def test_shapes_are_checked_while_tracing(model, ids):
     step = jax.jit(lambda cache, mask: model([[5]], mask, past_key_values=cache).logits)
     with pytest.raises(InputError, match="room for only 8"):
         step(model.init_cache(1, 8), jnp.ones((1, 9)))
+    with pytest.raises(InputError, match="past_key_values, key of layer 0"):
+        step(model.init_cache(2, 8), jnp.ones((1, 8)))
+
+
+WIDE = 2**32 + 1  # of whose bits JAX keeps 32: 1
+
+
+@one_model
+@pytest.mark.parametrize(
+    "rows", [[[3, WIDE]], np.array([[3, WIDE]]), np.array([[3, WIDE]], np.uint64)]
+)
+@pytest.mark.parametrize("name", ["attention_mask", "input_ids", "labels", "position_ids"])
+def test_no_number_is_cut_to_32_bits(model, name, rows):
+    """Where the values are known, inside a transformation too."""
+    with pytest.raises(InputError, match=f"{name} holds {WIDE}"):
+        model(**{"input_ids": [[3, 4]], name: rows})
+    with pytest.raises(InputError, match=f"{name} holds {WIDE}"):
+        jax.jit(lambda params: model(**{"input_ids": [[3, 4]], name: rows}, params=params).logits)(
+            model.params
+        )
+
+
+@one_model
+@pytest.mark.parametrize("rows", [[[2**70, 3]], [["a", "b"]], [[3], [4, 5]], [[None, 3]]])
+def test_rows_that_are_no_numbers(model, rows):
+    with pytest.raises(InputError, match="input_ids"):
+        model(rows)
+
+
+@one_model
+def test_no_prompt_is_cut_where_only_its_mask_is_traced(model):
+    def run(mask):
+        return model.generate([[3, WIDE]], attention_mask=mask, max_new_tokens=2).sequences
+
+    with pytest.raises(InputError, match=f"input_ids holds {WIDE}"):
+        jax.jit(run)(jnp.ones((1, 2), int))
+
+
+@one_model
+def test_generate_inside_another_jit_needs_the_length_of_a_past(model, ids):
+    options = {"max_new_tokens": 2, "pad_token_id": 1, "eos_token_id": None}
+    past = model(ids[:, :4], use_cache=True).past_key_values
+    run = jax.jit(lambda past: model.generate(ids, past_key_values=past, **options).sequences)
+    assert run(past).tolist() == model.generate(ids, **options).sequences.tolist()
+    with pytest.raises(InputError, match="how many tokens it holds must be known"):
+        run(model.init_cache(2, 9))
 
 
 @one_model

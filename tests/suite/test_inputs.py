@@ -91,6 +91,52 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+WIDE = 2**32 + 5  # whose lower 32 bits are a valid id, position and label
+
+
+def with_wide(shape: tuple[int, ...], number: int = WIDE) -> Array:
+    values = np.ones(shape, np.int64)
+    values[0, -1] = number
+    return values
+
+
+BEYOND_32_BITS: dict[str, tuple[dict[str, Any], str]] = {
+    "id": ({"input_ids": with_wide((2, 5))}, "input_ids holds"),
+    "negative id": ({"input_ids": with_wide((2, 5), -(2**32))}, "input_ids holds"),
+    "position": ({"input_ids": IDS, "position_ids": with_wide((2, 5))}, "position_ids holds"),
+    "label": ({"input_ids": IDS, "labels": with_wide((2, 5))}, "labels holds"),
+    "negative label": (
+        {"input_ids": IDS, "labels": with_wide((2, 5), -100 - 2**32)},
+        "labels holds",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BEYOND_32_BITS)
+def test_numbers_beyond_32_bits(backend: Backend, model: Any, what: str) -> None:
+    """JAX and TensorFlow cut such numbers without a word: 2**32 + 5 was the id 5."""
+    inputs, message = BEYOND_32_BITS[what]
+    with pytest.raises(InputError, match=f"{message} .*(42949672|42949673)"):
+        backend.forward(model, **inputs)
+
+
+@pytest.mark.parametrize("number", [2**32, WIDE, -(2**40), 2**70])
+def test_prompts_beyond_32_bits(backend: Backend, model: Any, number: int) -> None:
+    ids = [[3, 4, number]]
+    given = [ids] if backend.name == "torch" or number == 2**70 else [ids, np.array(ids)]
+    for rows in given:
+        with pytest.raises(InputError, match="input_ids"):
+            backend.generate(model, rows, max_new_tokens=2)
+    with pytest.raises(InputError, match="negative_prompt_ids.*input_ids"):
+        backend.generate(
+            model, IDS[:1], negative_prompt_ids=ids, guidance_scale=2.0, max_new_tokens=2
+        )
+    with pytest.raises(InputError, match="attention_mask"):
+        backend.generate(model, IDS[:1, :3], attention_mask=ids, max_new_tokens=2)
+    with pytest.raises(InputError, match="eos_token_id"):
+        backend.generate(model, IDS, eos_token_id=number, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("what", ERRORS)
 def test_messages(backend: Backend, model: Any, what: str) -> None:
     inputs, message = ERRORS[what]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from opt_core import InputError
 from opt_core.generation.plan import BUCKET
 from opt_tf import KVCache
 from tests.tf.tiny import CONFIG, TASK, tiny
@@ -93,6 +94,30 @@ def test_unknown_shapes(model, inputs, logits, real, jit_compile):
     found = compiled(inputs["input_ids"], inputs["attention_mask"]).numpy()
     assert_close(found[real], logits[real], "logits")
     assert compiled(inputs["input_ids"][:, :1], inputs["attention_mask"][:, 2:3]).shape[1] == 1
+
+
+@pytest.mark.parametrize("dims", [(None, 2, None, 8), (None, None, None, None)])
+def test_a_past_of_unknown_shape(dims):
+    model = tiny(config=ROOMY)
+    ids = tf.constant([[3, 4, 5, 6], [7, 8, 9, 10]])
+    pair = (tf.TensorSpec(dims), tf.TensorSpec(dims))
+    spec = tf.TensorSpec((None, None), tf.int32)
+
+    @tf.function(input_signature=[spec, (pair,) * ROOMY.num_hidden_layers])
+    def step(ids, past):
+        return model(ids, past_key_values=past).logits
+
+    past = tuple(model(ids[:, :3], use_cache=True).past_key_values)
+    assert_close(step(ids[:, 3:], past).numpy(), model(ids).logits[:, 3:].numpy(), "logits")
+
+
+def test_what_is_known_of_a_past_is_checked_while_tracing():
+    model = tiny(config=ROOMY)
+    fits, other = tf.TensorSpec((None, 2, None, 8)), tf.TensorSpec((None, None, None, 4))
+    past = ((fits, other),) * ROOMY.num_hidden_layers
+    step = tf.function(lambda ids, past: model(ids, past_key_values=past).logits, autograph=False)
+    with pytest.raises(InputError, match="value of layer 0.*8 numbers a head; found .*4"):
+        step.get_concrete_function(tf.TensorSpec((None, None), tf.int32), past)
 
 
 @jits

@@ -84,6 +84,10 @@ def test_saved_pretrained(tmp_path):
         output = loaded.signatures[kind](**inputs)
         assert [*output] == ["logits"]
         np.testing.assert_allclose(output["logits"], expected, rtol=1e-5, atol=1e-5)
+    # An id of which 32 bits would be in the vocabulary is outside all the same.
+    inputs["input_ids"] += 2**32
+    with pytest.raises(tf.errors.InvalidArgumentError, match="= 42949673.. is not in"):
+        loaded.signatures["int64_serving"](**inputs)
 
 
 def loaded_signature(folder):

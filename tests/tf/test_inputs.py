@@ -74,6 +74,25 @@ def test_what_is_wrong_is_said(model, wrong, message):
         model(wrong)
 
 
+WIDE = 2**32 + 1  # whose lower 32 bits are 1
+
+
+@pytest.mark.parametrize(
+    "rows", [[[3, WIDE]], np.array([[3, WIDE]]), np.array([[3, WIDE]], np.uint64)]
+)
+@pytest.mark.parametrize("name", ["attention_mask", "input_ids", "labels", "position_ids"])
+def test_no_number_is_cut_to_32_bits(model, name, rows):
+    for value in (rows, tf.constant(rows, tf.int64)):
+        with pytest.raises(InputError, match=f"{name} holds.* {WIDE}"):
+            model(**{"input_ids": [[3, 4]], name: value})
+
+
+@pytest.mark.parametrize("rows", [[[2**70, 3]], [["a", "b"]], [[3], [4, 5]], [[None, 3]]])
+def test_rows_that_are_no_numbers(model, rows):
+    with pytest.raises(InputError, match="input_ids"):
+        model(rows)
+
+
 def test_a_name_given_twice(model):
     with pytest.raises(InputError, match="input_ids was given twice"):
         model({"input_ids": [[3]]}, input_ids=[[3]])

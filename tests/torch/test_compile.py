@@ -74,6 +74,49 @@ def test_export_with_a_dynamic_length(model):
     torch.testing.assert_close(found, model(longer).logits)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_a_past_of_any_length(strict):
+    """What is only a symbol there is compared with nothing but what it must equal anyway."""
+    model = OPTForCausalLM.from_pretrained(GOLDEN / "pre_norm")
+    ids = torch.arange(3, 17).reshape(2, 7)
+
+    def past(ids: torch.Tensor, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(model(ids[:, :length], use_cache=True).past_key_values)
+
+    batch, columns = torch.export.Dim("batch", min=1, max=8), torch.export.Dim("columns", max=20)
+    dims = [({0: batch, 2: columns}, {0: batch, 2: columns})] * 3
+    with torch.no_grad():
+        program = torch.export.export(
+            model,
+            (ids[:, 5:],),
+            {"past_key_values": past(ids, 5), "use_cache": False},
+            dynamic_shapes={
+                "input_ids": {0: batch},
+                "past_key_values": dims,
+                "use_cache": None,
+            },
+            strict=strict,
+        )
+        row = torch.arange(3, 20)[None]
+        found = program.module()(row[:, 15:], past_key_values=past(row, 15), use_cache=False)
+        expected = model(row).logits[:, 15:]
+    torch.testing.assert_close(found["logits"], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_graph_checks_a_past(dynamic):
+    model = OPTForCausalLM.from_pretrained(GOLDEN / "pre_norm")
+    ids = torch.arange(3, 17).reshape(2, 7)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with torch.no_grad():
+        past = list(model(ids[:, :5], use_cache=True).past_key_values)
+        found = compiled(ids[:, 5:], past_key_values=past).logits
+        torch.testing.assert_close(found, model(ids).logits[:, 5:], rtol=0, atol=1e-5)
+        past[1] = (past[1][0], past[1][1][:, :, 1:])
+        with pytest.raises(Exception, match="value of layer 1"):
+            compiled(ids[:, 5:], past_key_values=past)
+
+
 def test_state_dict_has_the_names_of_the_reference():
     model = OPTForCausalLM(OPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
     names = set(model.state_dict())
