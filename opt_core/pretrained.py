@@ -6,10 +6,11 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -24,6 +25,7 @@ from opt_core.loading import LoadReport, Source, match, resolve_dtype
 from opt_core.opening import find_config, open_weights
 from opt_core.params import Param
 from opt_core.saving import Outgoing, write_weights
+from opt_core.snapshot import read_together
 from opt_core.staging import staged
 
 #: Where a model is looked for; arguments of `opt_core.hub.resolve`.
@@ -45,6 +47,7 @@ class Pretrained:
     """A checkpoint that fits its configuration: what a backend needs to build and fill a model.
 
     As a context manager it closes the checkpoint's files at the end; arrays mapped from them live on.
+    If one was written to meanwhile, a good end is a CheckpointError.
     """
 
     config: OPTConfig
@@ -57,8 +60,13 @@ class Pretrained:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.reader.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.reader.__exit__(kind, error, traceback)
 
 
 def open_pretrained(
@@ -90,7 +98,8 @@ def open_pretrained(
         HubError: nothing found under that name.
         ConfigError: an invalid configuration.
         InputError: an option that does not exist.
-        CheckpointError: tensors are missing, unexpected or of another shape.
+        CheckpointError: tensors are missing, unexpected or of another shape, or others keep writing
+            to the directory.
         FormatError: a damaged or unsafe file.
     """
     hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
@@ -99,13 +108,23 @@ def open_pretrained(
         options.pop(hint, None)
     _check_overrides(options)
     directory = resolve(name_or_path, prefer=prefer, **hub)
-    with ExitStack() as stack:  # closes the files if the checkpoint does not fit
-        reader = stack.enter_context(open_weights(directory, prefer))
-        options["_name_or_path"] = str(name_or_path)
-        config = find_config(config, directory, reader, **options)
-        if config is None:
+    options["_name_or_path"] = str(name_or_path)
+
+    def read(stack: ExitStack) -> tuple[CheckpointReader, OPTConfig, GenerationConfig]:
+        reader = stack.enter_context(closing(open_weights(directory, prefer)))
+        found = find_config(config, directory, reader, **options)
+        if found is None:
             raise ConfigError(f"{directory} holds no {CONFIG_NAME}. Is it a model directory?")
-        sources, report = match(config, architecture, reader)
+        if (directory / GENERATION_CONFIG_NAME).is_file():
+            settings = GenerationConfig.from_json_file(directory / GENERATION_CONFIG_NAME)
+        else:
+            settings = GenerationConfig.from_model_config(found)
+        return reader, found, settings
+
+    reader, own_config, generation_config = read_together(directory, read)
+    with ExitStack() as stack:  # closes the files if the checkpoint does not fit
+        stack.callback(reader.close)
+        sources, report = match(own_config, architecture, reader)
         report.check(
             where=name_or_path,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
@@ -113,13 +132,10 @@ def open_pretrained(
         )
         if not output_loading_info:
             report.warn_of_new_head(name_or_path)
-        name = resolve_dtype(dtype if torch_dtype is None else torch_dtype, config, reader)
+        name = resolve_dtype(dtype if torch_dtype is None else torch_dtype, own_config, reader)
         stack.pop_all()
-    config.torch_dtype = name
-    generation_config = GenerationConfig.from_model_config(config)
-    if (directory / GENERATION_CONFIG_NAME).is_file():
-        generation_config = GenerationConfig.from_json_file(directory / GENERATION_CONFIG_NAME)
-    return Pretrained(config, generation_config, name, reader, sources, report)
+    own_config.torch_dtype = name
+    return Pretrained(own_config, generation_config, name, reader, sources, report)
 
 
 def _check_overrides(overrides: dict[str, Any]) -> None:
