@@ -139,6 +139,11 @@ def open_pretrained(
 
 
 def _check_overrides(overrides: dict[str, Any]) -> None:
+    if overrides.pop("mmap", False):
+        raise InputError(
+            "mmap=True: expected a model of PyTorch, the only one whose weights may stay in their "
+            "files; TensorFlow and JAX have them in memory of their own. Leave mmap out."
+        )
     for name in overrides:
         if name not in (*FIELDS, "num_labels"):
             known = [*FIELDS, *HUB_OPTIONS, "dtype", "num_labels", "attn_implementation"]

@@ -14,7 +14,7 @@ from opt_core.checkpoints.containers import recognise
 from opt_core.checkpoints.index import CheckpointIndex
 from opt_core.checkpoints.layouts import in_order
 from opt_core.checkpoints.orbax_format import find_orbax, read_orbax
-from opt_core.checkpoints.sources import FileSource, MappedFile
+from opt_core.checkpoints.sources import FileSource, MappedFile, NamedFile
 from opt_core.checkpoints.tensors import LazyTensor
 from opt_core.errors import CheckpointError, FormatError
 
@@ -134,6 +134,11 @@ class CheckpointReader(Mapping[str, LazyTensor]):
     def mapped(self) -> list[MappedFile]:
         """A record of each mapping that was made of the files."""
         return [mapped for source in self._sources for mapped in source.mapped]
+
+    @property
+    def named(self) -> list[NamedFile]:
+        """A record of each file for who goes on reading it by its name."""
+        return [source.named() for source in self._sources]
 
     def close(self) -> None:
         """Close the files; may be called twice."""

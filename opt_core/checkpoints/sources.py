@@ -110,6 +110,10 @@ class FileSource:
         self.read_into(out, offset)
         return out.tobytes()
 
+    def named(self) -> NamedFile:
+        """Return a record of the file for who goes on reading it by its name."""
+        return NamedFile(self.path.resolve(), self._state)
+
     def rest(self) -> None:
         """Close the file until something is read from it again; raises as `check` does."""
         with self._lock:
