@@ -99,7 +99,7 @@ class OPTForCausalLM(OPTPreTrainedModel):
         **options: Any,
     ) -> Tensor | GenerateOutput:
         """Continues the prompts; see `opt_torch.generation.generate.generate`."""
-        with self._files.checked():
+        with self._files.checked(self):
             return generate(self, input_ids, generation_config, **options)
 
     @property

@@ -14,8 +14,9 @@ from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
+from torch import nn
 
-from opt_core import InputError
+from opt_core import CheckpointError, InputError
 from opt_core.checkpoints.sources import MappedFile, NamedFile
 from opt_core.dtypes import MODEL_DTYPES
 from opt_core.files import in_hub_cache
@@ -39,18 +40,23 @@ class Files:
     def __reduce__(self) -> tuple[Any, ...]:
         return Files, ((), self.named)
 
-    def check(self) -> None:
-        """Raises CheckpointError if one of the files that are still used was written to."""
-        if _CHECKED.get() is not self:
-            for mapped in self.mapped:
+    def check(self, model: nn.Module) -> None:
+        """Raises CheckpointError if one of the files that the model still uses was written to."""
+        if _CHECKED.get() is self:
+            return
+        for mapped in self.mapped:
+            try:
                 mapped.check()
-            for named in self.named:
-                named.check()
+            except CheckpointError:
+                if any(_lies_in(mapped, parameter) for parameter in model.parameters()):
+                    raise
+        for named in self.named:
+            named.check()
 
     @contextmanager
-    def checked(self) -> Iterator[Self]:
+    def checked(self, model: nn.Module) -> Iterator[Self]:
         """Checks now, and not again within."""
-        self.check()
+        self.check(model)
         token = _CHECKED.set(self)
         try:
             yield self
@@ -59,8 +65,7 @@ class Files:
 
     def hold(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a view on one of the files."""
-        address = tensor.data_ptr()
-        return any(file.holds(address) for file in self.mapped)
+        return any(file.holds(tensor.data_ptr()) for file in self.mapped)
 
 
 NO_FILES = Files()
@@ -115,4 +120,11 @@ def watch(model: Any, files: Files) -> None:
 
 def _check(module: Any, *_: Any) -> None:
     if not torch.compiler.is_compiling():
-        module._files.check()
+        module._files.check(module)
+
+
+def _lies_in(file: MappedFile, tensor: torch.Tensor) -> bool:
+    try:
+        return file.holds(tensor.data_ptr())
+    except RuntimeError:  # it stands for others, whose place it does not tell
+        return True

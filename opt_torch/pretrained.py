@@ -265,7 +265,7 @@ class OPTPreTrainedModel(nn.Module):
             max_shard_size: bytes, or such as "5GB".
             safe_serialization: if False, pytorch_model.bin is written instead of safetensors.
         """
-        self._files.check()
+        self._files.check(self)
         restore(self)
         tensors = canonical_arrays(self, self.config, self.architecture)
         save_pretrained(
