@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from conversion.plan import COPIED, Plan, Work, make_plan
 from conversion.verify import check_tied_head, check_written
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError
-from opt_core.files import atomic_write, read_text_file
+from opt_core.files import atomic_write
 from opt_core.formats import DEFAULT_FORMAT, find_format
 from opt_core.saving import Progress, write_weights
 from opt_core.staging import PARTIAL, staged
@@ -41,7 +41,7 @@ def plan(
 ) -> Plan:
     """Says what `convert` with the same arguments would do; reads headers only, writes nothing."""
     find_format(to)
-    with open_checkpoint(source, config) as checkpoint:
+    with open_checkpoint(source, config, COPIED) as checkpoint:
         return make_plan(
             checkpoint,
             to,
@@ -90,8 +90,8 @@ def convert(
     Raises:
         HubError: the source cannot be found.
         ConfigError: it has no valid config.json.
-        CheckpointError: its tensors do not fit the configuration, a value does not fit `dtype`, or
-            what was read back differs.
+        CheckpointError: its tensors do not fit the configuration, a value does not fit `dtype`, what
+            was read back differs, or the source was written to meanwhile.
         FormatError: a damaged or unsafe file.
         InputError: a target that is not empty, or an option that makes no sense.
         UnsupportedError: a library that the format needs is not installed.
@@ -99,7 +99,7 @@ def convert(
     """
     target = _checked_target(target, overwrite)
     find_format(to)
-    with open_checkpoint(source, config) as checkpoint:
+    with open_checkpoint(source, config, COPIED) as checkpoint:
         work = make_plan(
             checkpoint,
             to,
@@ -117,9 +117,10 @@ def convert(
                 resume=resume,
             ) as folder,
         ):
-            _write(work, checkpoint.directory, folder, max_shard_size, progress)
+            _write(work, checkpoint.texts, folder, max_shard_size, progress)
             if verify:
                 check_written(work, folder, progress)
+            checkpoint.reader.check()  # before anything appears
     return Conversion(target, work.plan, verify)
 
 
@@ -136,10 +137,14 @@ def _naming(target: Path, plan: Plan) -> Iterator[None]:
 
 
 def _write(
-    work: Work, directory: Path, folder: Path, max_shard_size: int | str, progress: Progress
+    work: Work,
+    texts: Mapping[str, bytes],
+    folder: Path,
+    max_shard_size: int | str,
+    progress: Progress,
 ) -> None:
-    for name in work.plan.copied:
-        atomic_write(folder / name, read_text_file(directory / name))
+    for name, content in texts.items():
+        atomic_write(folder / name, content)
     architecture = work.plan.architecture
     dtype = str(work.outgoing[0].dtype)
     work.config.replace(architectures=[architecture], torch_dtype=dtype).save_pretrained(folder)

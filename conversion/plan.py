@@ -91,7 +91,7 @@ def make_plan(
     weights = [shard.filename for shard in shards]
     if len(weights) > 1 and format.layout.index:
         weights.append(format.layout.index)
-    texts = tuple(name for name in COPIED if (directory / name).is_file())
+    texts = tuple(checkpoint.texts)
     plan = Plan(
         source=directory,
         container=checkpoint.reader.container,

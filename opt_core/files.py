@@ -28,6 +28,9 @@ TEXT_FILES = (
 JSON_LIMIT = 100_000_000
 """Bytes: no configuration, index or header of a real model comes near this."""
 
+FileState = tuple[int, int, int, int]
+"""What tells that a file is the same and was not written to: device, inode, size, time in ns."""
+
 _MAX_NAME = 255  # bytes: where most systems end
 
 
@@ -59,6 +62,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def file_state(place: Path | int) -> FileState:
+    """Return the state of the file at a path or behind a descriptor; raises OSError."""
+    status = os.stat(place)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def plain_name(name: Any) -> bool:
@@ -107,6 +116,12 @@ def check_link(path: Path, folder: Path) -> None:
             f"{path}: expected a file in the checkpoint's own folder, found a link to {target}. "
             "Nothing was read from there; do not trust this checkpoint."
         )
+
+
+def in_hub_cache(path: Path) -> bool:
+    """Whether a file lies in the hub's cache, in which none is rewritten: each has its own name."""
+    blobs = path.resolve().parent
+    return blobs.name == "blobs" and (blobs.parent / "snapshots").is_dir()
 
 
 def read_text_file(path: Path) -> bytes:

@@ -39,11 +39,11 @@ class Source:
     def read(self, framework: str) -> np.ndarray:
         """A fresh contiguous array in that framework's layout and the file's dtype."""
         array = self.tensor.read()
-        return transpose(array) if self._turns_for(framework) else array
+        return transpose(array) if self.turns_for(framework) else array
 
     def map(self, framework: str) -> np.ndarray:
         """As `read`, but a view on the file where it already holds the framework's layout."""
-        return self.read(framework) if self._turns_for(framework) else self.tensor.map()
+        return self.read(framework) if self.turns_for(framework) else self.tensor.map()
 
     def blocks(self, transposed: bool, dtype: np.dtype[Any] | None = None) -> Iterator[np.ndarray]:
         """The values in C order in arrays of a few megabytes, for a file with matrices so laid out.
@@ -65,7 +65,8 @@ class Source:
         """Whether the matrix has to be transposed for a layout that is, or is not, transposed."""
         return self.transposed != transposed
 
-    def _turns_for(self, framework: str) -> bool:
+    def turns_for(self, framework: str) -> bool:
+        """Whether the matrix has to be transposed for a framework."""
         return self.turns(self.param.transposed(framework))
 
 

@@ -7,10 +7,11 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -32,6 +33,7 @@ from opt_core.loading import (
 from opt_core.opening import find_config, open_weights
 from opt_core.params import Param
 from opt_core.saving import Added, Outgoing, write_weights
+from opt_core.snapshot import read_together
 from opt_core.staging import staged
 
 #: Of several kinds of weights in one place, those of that framework are taken. What a file holds is
@@ -44,6 +46,7 @@ class Pretrained:
     """A checkpoint that fits its configuration: what a backend needs to build and fill a model.
 
     As a context manager it closes the checkpoint's files at the end; arrays mapped from them live on.
+    If one was written to meanwhile, a good end is a CheckpointError.
     """
 
     config: OPTConfig
@@ -85,8 +88,13 @@ class Pretrained:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.reader.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.reader.__exit__(kind, error, traceback)
 
 
 def open_pretrained(
@@ -121,32 +129,39 @@ def open_pretrained(
         HubError: nothing found under that name.
         ConfigError: an invalid configuration.
         InputError: an option that does not exist.
-        CheckpointError: tensors are missing, unexpected or of another shape.
+        CheckpointError: tensors are missing, unexpected or of another shape, or others keep writing
+            to the directory.
         FormatError: a damaged or unsafe file.
     """
     hub = take_hub_options(options)
     prefer = next((name for hint, name in PREFERRED.items() if options.pop(hint, False)), None)
     _check_overrides(options)
     directory = resolve(name_or_path, prefer=prefer, **hub)
-    with ExitStack() as stack:  # closes the files if the checkpoint does not fit
-        reader = stack.enter_context(open_weights(directory, prefer))
-        options["_name_or_path"] = str(name_or_path)
-        config = find_config(config, directory, reader, **options)
-        if config is None:
+    options["_name_or_path"] = str(name_or_path)
+
+    def read(stack: ExitStack) -> tuple[CheckpointReader, OPTConfig, GenerationConfig]:
+        reader = stack.enter_context(closing(open_weights(directory, prefer)))
+        found = find_config(config, directory, reader, **options)
+        if found is None:
             raise ConfigError(f"{directory} holds no {CONFIG_NAME}. Is it a model directory?")
-        if architecture == "OPTForCausalLM":
-            config = _as_tied(config, reader, name_or_path)
-        sources, report = match(config, architecture, reader)
-        dtype = dtype if torch_dtype is None else torch_dtype
-        name = resolve_dtype(dtype, config, reader)
-        stored_dtype = resolve_dtype("auto", config, reader)
-        config.torch_dtype = name
-        generation_config = GenerationConfig.from_model_config(config)
+        settings = GenerationConfig.from_model_config(found)
         if (directory / GENERATION_CONFIG_NAME).is_file():
-            read = GenerationConfig.from_json_file(directory / GENERATION_CONFIG_NAME)
-            generation_config = read.following(config)
-        found = Pretrained(
-            config,
+            own = GenerationConfig.from_json_file(directory / GENERATION_CONFIG_NAME)
+            settings = own.following(found)
+        return reader, found, settings
+
+    reader, own_config, generation_config = read_together(directory, read)
+    with ExitStack() as stack:  # closes the files if the checkpoint does not fit
+        stack.callback(reader.close)
+        if architecture == "OPTForCausalLM":
+            own_config = _as_tied(own_config, reader, name_or_path)
+        sources, report = match(own_config, architecture, reader)
+        dtype = dtype if torch_dtype is None else torch_dtype
+        name = resolve_dtype(dtype, own_config, reader)
+        stored_dtype = resolve_dtype("auto", own_config, reader)
+        own_config.torch_dtype = name
+        pretrained = Pretrained(
+            own_config,
             generation_config,
             name,
             not (dtype is None or (isinstance(dtype, str) and dtype == "auto")),
@@ -159,9 +174,9 @@ def open_pretrained(
             output_loading_info,
         )
         if not defer_check:
-            found.check()
+            pretrained.check()
         stack.pop_all()
-    return found
+    return pretrained
 
 
 def _as_tied(config: OPTConfig, reader: CheckpointReader, where: object) -> OPTConfig:
@@ -179,6 +194,11 @@ def _as_tied(config: OPTConfig, reader: CheckpointReader, where: object) -> OPTC
 
 
 def _check_overrides(overrides: dict[str, Any]) -> None:
+    if overrides.pop("mmap", False):
+        raise InputError(
+            "mmap=True: expected a model of PyTorch, the only one whose weights may stay in their "
+            "files; TensorFlow and JAX have them in memory of their own. Leave mmap out."
+        )
     for name in overrides:
         if name not in (*FIELDS, "num_labels"):
             known = [*FIELDS, *HUB_OPTIONS, "dtype", "num_labels", "attn_implementation"]

@@ -107,10 +107,12 @@ class OPTTokenizer(Vocabulary):
     ) -> Self:
         """Read a tokenizer from a directory or by its hub name; `overrides` are constructor arguments.
 
-        Raises HubError if it cannot be found, FormatError if a file is damaged, TypeError for an
-        argument that the constructor does not have.
+        Raises HubError if it cannot be found, FormatError if a file is damaged, CheckpointError if
+        others keep writing to the directory, TypeError for an argument that the constructor does not
+        have.
         """
         from opt_core.hub import resolve
+        from opt_core.snapshot import read_together
 
         refuse_unknown(overrides, cls.from_pretrained, cls.__init__)
         folder = resolve(
@@ -123,7 +125,7 @@ class OPTTokenizer(Vocabulary):
             force_download=force_download,
             weights=False,
         )
-        files = tokenizer_files.read_tokenizer(folder)
+        files = read_together(folder, lambda _: tokenizer_files.read_tokenizer(folder))
         options = {"added_tokens": files.added_tokens, **files.options, **overrides}
         return cls(files.vocab, files.merges, **options)
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_core import InputError, UnsupportedError
+from opt_torch.mapping import Files
 from opt_torch.parts import DecodingWeight, Linear, is_readable
 
 
@@ -151,9 +152,9 @@ def prepare(model: Any, batch_size: int, weights: str | None) -> None:
         heads = [model.get_output_embeddings()] if weights == "int4" else []
         chosen = [linear for linear in linears if all(linear is not head for head in heads)]
         _check_placed(weights, {linear.weight.device.type for linear in chosen})
-        lay_out(chosen, tables, ROUNDED[weights])
+        lay_out(chosen, tables, model._files, ROUNDED[weights])
     elif can_pack(linears) and packing_pays(linears, batch_size):
-        lay_out(linears, tables, lambda weight: PackedWeight(weight, batch_size))
+        lay_out(linears, tables, model._files, lambda weight: PackedWeight(weight, batch_size))
 
 
 def _check_placed(weights: str, devices: set[str]) -> None:
@@ -169,14 +170,15 @@ def _check_placed(weights: str, devices: set[str]) -> None:
         )
 
 
-def lay_out(linears: Sequence[Linear], tables: set[int], layout: Layout) -> None:
+def lay_out(linears: Sequence[Linear], tables: set[int], files: Files, layout: Layout) -> None:
     """Lays out one weight after the other, and frees it unless an embedding reads it too."""
     for linear in linears:
         plain = linear.weight.data
         linear.decoding_weight = layout(plain)
         if id(linear.weight) not in tables:
             linear.weight.data = plain.new_empty(0)
-        _release_pages(plain)
+        if files.hold(plain):
+            _release_pages(plain)
 
 
 def restore(model: nn.Module) -> None:
@@ -242,9 +244,7 @@ def _is_plain_call(x: Tensor) -> bool:
 
 def _release_pages(tensor: Tensor) -> None:
     """Tells Linux that a view on a file is not needed soon; otherwise the file stays in memory too."""
-    if sys.platform != "linux" or tensor.device.type != "cpu":
-        return
-    if tensor.untyped_storage().resizable():  # PyTorch's own memory, not a file
+    if sys.platform != "linux":
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE

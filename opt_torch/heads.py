@@ -99,7 +99,8 @@ class OPTForCausalLM(OPTPreTrainedModel):
         **options: Any,
     ) -> Tensor | GenerateOutput:
         """Continues the prompts; see `opt_torch.generation.generate.generate`."""
-        return generate(self, input_ids, generation_config, **options)
+        with self._files.checked(self):
+            return generate(self, input_ids, generation_config, **options)
 
     @property
     def prepare_inputs_for_generation(self) -> Callable[..., dict[str, Any]]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from opt_core import InputError, UnsupportedError
 from opt_core.checkpoints import CheckpointReader, LazyTensor
+from opt_core.checkpoints.sources import NamedFile
 from opt_core.dtypes import MODEL_DTYPES
 from opt_core.formats import DEFAULT_FORMAT, FORMATS
 from opt_core.loading import Source
@@ -45,13 +46,17 @@ def place(
     device_map: Device | DeviceMap,
     max_memory: MaxMemory | None,
     folder: str | os.PathLike[str] | None,
-) -> None:
+    mapped: bool,
+) -> list[NamedFile]:
     """Fills a model on the meta device, each module where `device_map` says, tensor by tensor.
 
     What lies on disk is read whenever its module runs: from the checkpoint itself if that is a file of
     safetensors in the dtype to load, else from files in `folder`, which go with the model. So it is,
     from the CPU, with what lies there while an accelerator computes. Such a model is frozen: gradients
     would be those of passing copies.
+
+    Returns:
+        The files that are read by their names as modules run.
 
     Raises:
         InputError: names that the model does not have, modules left out, named twice or on no device,
@@ -70,7 +75,7 @@ def place(
         if source is not None and where == "disk":
             on_disk[name] = source
             continue
-        assign_one(model, model.config, model.architecture, param, source, model.dtype)
+        assign_one(model, model.config, model.architecture, param, source, model.dtype, mapped)
         module, leaf = find_parameter(model, param, model.architecture)
         values = module.get_parameter(leaf).detach()
         if where == "disk":  # initial values, which the checkpoint does not have
@@ -81,14 +86,17 @@ def place(
     model.tie_weights()
     if {*places.values()} & STORES - {main}:
         model.requires_grad_(False)
+    index = _index(model, pretrained, on_disk, folder)
     accelerate.dispatch_model(
         model,
         {name: _normal(device) for name, device in mapping.items()},
         main_device=main,
-        offload_index=_index(model, pretrained, on_disk, folder) or None,
+        offload_index=index or None,
         skip_keys="past_key_values",
     )
     model.hf_device_map = dict(mapping)
+    used = {entry["safetensors_file"] for entry in index.values()}
+    return [file for file in pretrained.reader.named if str(file.path) in used]
 
 
 def computing_device(module: nn.Embedding) -> torch.device:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from opt_core import GenerationConfig, InputError, OPTConfig, UnsupportedError
+from opt_core.checkpoints.sources import NamedFile
 from opt_core.params import num_parameters, param_table
 from opt_core.pretrained import open_pretrained, save_pretrained
 from opt_core.resizing import resized_vocab_size
@@ -18,6 +19,7 @@ from opt_torch.attention import DEFAULT_KERNEL, KERNELS
 from opt_torch.cache import KVCache
 from opt_torch.decoding_weights import prepare, restore
 from opt_torch.flash import kernels as find_flash_kernels
+from opt_torch.mapping import NO_FILES, Files, decide, watch
 from opt_torch.offload import Device, DeviceMap, MaxMemory, computing_device, is_away, place
 from opt_torch.weights import (
     added_outgoing,
@@ -36,6 +38,7 @@ class OPTPreTrainedModel(nn.Module):
 
     architecture: ClassVar[str]
     base_model_prefix = "model"
+    _files = NO_FILES
 
     def __init__(self, config: OPTConfig, attn_implementation: str | None = None) -> None:
         if not isinstance(config, OPTConfig):
@@ -231,6 +234,7 @@ class OPTPreTrainedModel(nn.Module):
         device_map: Device | DeviceMap | None = None,
         max_memory: MaxMemory | None = None,
         offload_folder: str | os.PathLike[str] | None = None,
+        mmap: bool | None = None,
         **options: Any,
     ) -> Self | tuple[Self, dict[str, list[str]]]:
         """Loads a checkpoint from a directory or from the hub, in evaluation mode.
@@ -245,6 +249,10 @@ class OPTPreTrainedModel(nn.Module):
                 module. `hf_device_map` tells afterwards. See `opt_torch.offload.place`.
             max_memory: bytes, or such as "2GB", by device, for accelerate to choose by.
             offload_folder: for what belongs on disk, and the checkpoint does not hold as it is used.
+            mmap: False reads the weights into memory; True leaves them in their files, whose pages are
+                read when they are touched: for models that barely fit, in files that nobody writes
+                to while the model lives. None does so with safetensors in the hub's cache. See
+                docs/architecture.md, "Files that change".
             options: `dtype`, `config`, `ignore_mismatched_sizes`, hub options and configuration
                 overrides: see `opt_core.pretrained.open_pretrained`, which also lists the errors.
         """
@@ -265,10 +273,13 @@ class OPTPreTrainedModel(nn.Module):
             found, report = pretrained.check(shapes)
             dtype = getattr(torch, pretrained.dtype)
             assign_added(model, config, cls.architecture, found, dtype)
+            mapped = decide(pretrained, mmap)
+            named: Sequence[NamedFile] = ()
             if device_map is None:
-                assign(model, config, cls.architecture, pretrained.sources, dtype)
+                assign(model, config, cls.architecture, pretrained.sources, dtype, mapped)
             else:
-                place(model, pretrained, device_map, max_memory, offload_folder)
+                named = place(model, pretrained, device_map, max_memory, offload_folder, mapped)
+            watch(model, Files(pretrained.reader.mapped, named))
         model.tie_weights()
         model.generation_config = pretrained.generation_config
         model.eval()
@@ -288,6 +299,7 @@ class OPTPreTrainedModel(nn.Module):
             max_shard_size: bytes, or such as "5GB".
             safe_serialization: if False, pytorch_model.bin is written instead of safetensors.
         """
+        self._files.check(self)
         restore(self)
         config, arch = self._actual_config, self.architecture
         added = [*added_outgoing(self, config, arch)]  # or refused, with the layer's name

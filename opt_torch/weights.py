@@ -55,14 +55,15 @@ def assign(
     arch: str,
     sources: Mapping[str, Source],
     dtype: torch.dtype,
+    mapped: bool = False,
 ) -> None:
     """Replaces the parameters of a model on the meta device by the checkpoint's, one at a time.
 
-    A tensor that the file holds in `dtype` becomes a view on the file: its pages are read when they
-    are first touched, and copied when they are first written.
+    With `mapped`, a tensor that the file holds in `dtype` becomes a view on the file: its pages are
+    read when they are first touched, and copied when they are first written.
     """
     for param in param_table(config, arch):
-        assign_one(model, config, arch, param, sources.get(param.name), dtype)
+        assign_one(model, config, arch, param, sources.get(param.name), dtype, mapped)
 
 
 def assign_one(
@@ -72,11 +73,12 @@ def assign_one(
     param: Param,
     source: Source | None,
     dtype: torch.dtype,
+    mapped: bool,
 ) -> None:
     """Replaces one parameter by the checkpoint's, or by initial values where there is none."""
     module, leaf = find_parameter(model, param, arch)
     if source is not None:
-        tensor = to_tensor(source, dtype)
+        tensor = to_tensor(source, dtype, mapped)
     else:
         tensor = torch.empty(param.shape, dtype=dtype, device="cpu")
     module.register_parameter(leaf, nn.Parameter(tensor))
@@ -93,10 +95,11 @@ def resized(weight: Tensor, size: int, std: float) -> nn.Parameter:
     return nn.Parameter(rows, requires_grad=weight.requires_grad)
 
 
-def to_tensor(source: Source, dtype: torch.dtype) -> Tensor:
-    """The parameter in `dtype`, as a view on the file where that is the file's own."""
+def to_tensor(source: Source, dtype: torch.dtype, mapped: bool) -> Tensor:
+    """The parameter in `dtype`; with `mapped` a view on the file where that is the file's own."""
     stored = from_numpy(np.empty(0, source.tensor.dtype)).dtype
-    return from_numpy(source.map("torch") if stored == dtype else source.read("torch")).to(dtype)
+    in_place = mapped and stored == dtype
+    return from_numpy(source.map("torch") if in_place else source.read("torch")).to(dtype)
 
 
 def from_numpy(array: np.ndarray) -> Tensor:

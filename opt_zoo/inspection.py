@@ -24,6 +24,7 @@ from opt_core.hub import resolve
 from opt_core.loading import LoadReport, match, separate_head
 from opt_core.opening import find_config, open_weights
 from opt_core.params import param_table
+from opt_core.snapshot import read_together
 
 #: The fields of the configuration that make a size.
 SUMMARY = (
@@ -95,20 +96,27 @@ def inspect_checkpoint(source: str | os.PathLike[str]) -> Inspection:
 
     Raises:
         HubError: nothing found under that name.
+        CheckpointError: others keep writing to the directory.
         UnsupportedError: a library that the format needs is not installed.
     """
     path = Path(source).expanduser()
     path = path if path.is_file() else resolve(source)
     directory = path.parent if path.is_file() else path
-    problems: list[str] = []
-    with ExitStack() as stack:
+
+    def read(stack: ExitStack) -> tuple[Checkpoint, tuple[File, ...], list[str]]:
+        problems: list[str] = []
         try:
-            reader = stack.enter_context(open_weights(path))
+            reader = stack.enter_context(closing(open_weights(path)))
             files = _whole_files(reader)
         except (CheckpointError, OSError) as error:
             problems.append(str(error))
             reader, files = _piecemeal(path)
-        checkpoint = Checkpoint(directory, _config(directory, reader, problems), reader)
+        config = _config(directory, reader, problems)
+        return Checkpoint(directory, config, reader), files, problems
+
+    checkpoint, files, problems = read_together(directory, read)
+    with checkpoint:
+        reader = checkpoint.reader
         report = _compare(checkpoint, problems)
         return Inspection(
             directory=str(directory),

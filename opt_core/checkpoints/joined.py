@@ -39,6 +39,11 @@ class JoinedTensor(LazyTensor):
         if length != (info.size if dim is None else info.shape[dim]):
             raise self._misfit(info.file, f"{len(self._parts)} parts of {length} in all")
 
+    @property
+    def maps(self) -> bool:
+        """Whether `map` gives a view onto a file, and no copy."""
+        return False
+
     def map(self) -> NDArray[Any]:
         """Return what `read` returns: pieces cannot be seen as one without copying them."""
         return self.read()

@@ -86,6 +86,11 @@ class OrbaxTensor(LazyTensor):
         self._array = array
         self._first = first
 
+    @property
+    def maps(self) -> bool:
+        """Whether `map` gives a view onto a file, and no copy."""
+        return False
+
     def map(self) -> NDArray[Any]:
         """Return what `read` returns: chunks cannot be seen as one array."""
         return self.read()

@@ -14,7 +14,7 @@ from opt_core.checkpoints.containers import recognise
 from opt_core.checkpoints.index import CheckpointIndex
 from opt_core.checkpoints.layouts import in_order
 from opt_core.checkpoints.orbax_format import find_orbax, read_orbax
-from opt_core.checkpoints.sources import FileSource
+from opt_core.checkpoints.sources import FileSource, MappedFile, NamedFile
 from opt_core.checkpoints.tensors import LazyTensor
 from opt_core.errors import CheckpointError, FormatError
 
@@ -22,8 +22,8 @@ from opt_core.errors import CheckpointError, FormatError
 class CheckpointReader(Mapping[str, LazyTensor]):
     """The tensors of a checkpoint by name: open files, nothing read but their headers.
 
-    A context manager. After `close`, tensors can no longer be read; arrays already mapped or read
-    stay valid.
+    A context manager, whose good end is an error if a file was written to meanwhile. After `close`,
+    tensors can no longer be read; arrays already mapped or read stay valid.
 
     Attributes:
         container: the kind of its files: "safetensors", "torch", ...
@@ -119,7 +119,26 @@ class CheckpointReader(Mapping[str, LazyTensor]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            if error is None:
+                self.check()
+        finally:
+            self.close()
+
+    def check(self) -> None:
+        """Raise CheckpointError if a file was written to since it was opened."""
+        for source in self._sources:
+            source.check()
+
+    @property
+    def mapped(self) -> list[MappedFile]:
+        """A record of each mapping that was made of the files."""
+        return [mapped for source in self._sources for mapped in source.mapped]
+
+    @property
+    def named(self) -> list[NamedFile]:
+        """A record of each file for who goes on reading it by its name."""
+        return [source.named() for source in self._sources]
 
     def close(self) -> None:
         """Close the files; may be called twice."""

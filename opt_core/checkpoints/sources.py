@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.errors import CheckpointError, FormatError
+from opt_core.files import FileState, file_state
 
 
 class ByteSource(Protocol):
@@ -33,9 +34,12 @@ class FileSource:
 
     The file stays open, so what is read is what was opened, even after another file took the name.
     `rest` closes it until it is needed again, for checkpoints of more files than may be open at a
-    time; a file that changed meanwhile is refused.
+    time. A file that changes meanwhile is refused, by `check` and whenever it is closed or opened.
 
     Raises CheckpointError if `path` is no regular file.
+
+    Attributes:
+        mapped: a record of each mapping that was made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,9 +49,10 @@ class FileSource:
         self._lock = threading.RLock()
         self._mapping: mmap.mmap | None = None
         self._closed = False
+        self.mapped: list[MappedFile] = []
         self._open()
-        self._identity = _identity(self._file)
-        self.size = os.fstat(self._file.fileno()).st_size
+        self._state = file_state(self._file.fileno())
+        self.size = self._state[2]
 
     @property
     def file(self) -> io.FileIO:
@@ -59,18 +64,29 @@ class FileSource:
                 )
             if self._file.closed:
                 self._open()
-                if _identity(self._file) != self._identity:
-                    raise CheckpointError(
-                        f"{self.path}: expected the file that was opened, found it changed "
-                        "meanwhile. Begin again."
-                    )
+                try:
+                    self.check()
+                except CheckpointError:
+                    self._release()
+                    raise
             return self._file
+
+    def check(self) -> None:
+        """Raise CheckpointError if the file was written to, or replaced while it rested."""
+        with self._lock:
+            if not self._file.closed and file_state(self._file.fileno()) != self._state:
+                raise CheckpointError(
+                    f"{self.path}: expected the file that was opened, found it changed while it was "
+                    "read. Begin again when nothing writes to it."
+                )
 
     def memory(self) -> mmap.mmap:
         """Return the file as private memory: pages are read when touched, never written back."""
         with self._lock:
             if self._mapping is None:
-                self._mapping = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
+                descriptor = self.file.fileno()
+                self._mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+                self.mapped.append(MappedFile(self.path, self._state, self._mapping, descriptor))
             return self._mapping
 
     def read_into(self, out: NDArray[np.uint8], offset: int) -> None:
@@ -94,26 +110,86 @@ class FileSource:
         self.read_into(out, offset)
         return out.tobytes()
 
+    def named(self) -> NamedFile:
+        """Return a record of the file for who goes on reading it by its name."""
+        return NamedFile(self.path.resolve(), self._state)
+
     def rest(self) -> None:
-        """Close the file until something is read from it again."""
+        """Close the file until something is read from it again; raises as `check` does."""
         with self._lock:
-            self._mapping = None
-            self._finalizer()
+            try:
+                self.check()
+            finally:
+                self._release()
 
     def close(self) -> None:
         """Close the file; arrays that were mapped stay valid."""
         with self._lock:
-            self.rest()
+            self._release()
             self._closed = True
+
+    def _release(self) -> None:
+        self._mapping = None
+        self._finalizer()
 
     def _open(self) -> None:
         self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the source
         self._finalizer = weakref.finalize(self, self._file.close)
 
 
-def _identity(file: io.FileIO) -> tuple[int, ...]:
-    status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+class NamedFile:
+    """A file that a model goes on reading by its name: it must stay the one that was opened."""
+
+    def __init__(self, path: Path, state: FileState) -> None:
+        self.path = path
+        self._state = state
+
+    def check(self) -> None:
+        """Raise CheckpointError if another file has the name, or the file was written to."""
+        try:
+            found = file_state(self.path)
+        except OSError as error:
+            raise self._changed(error.strerror or "it cannot be read") from error
+        if found != self._state:
+            raise self._changed("it has been written to, or replaced")
+
+    def _changed(self, found: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: expected it as it was when the model was loaded, whose weights are read "
+            f"from it as they are used; found: {found}. Load the model again, and save elsewhere "
+            "what is newer; device_map='cpu' reads all into memory."
+        )
+
+
+class MappedFile:
+    """The file behind a mapping: it must not be written to as long as anything uses the mapping.
+
+    One that is replaced by renaming another is not: the mapping keeps the former one.
+    """
+
+    def __init__(self, path: Path, state: FileState, mapping: mmap.mmap, descriptor: int) -> None:
+        self.path = path
+        self._state = state
+        self._descriptor = os.dup(descriptor)
+        self._mapping = weakref.ref(mapping)
+        weakref.finalize(mapping, os.close, self._descriptor).atexit = False
+        self._start = np.frombuffer(mapping, np.uint8).ctypes.data
+
+    def holds(self, address: int) -> bool:
+        """Whether an address of memory lies in the mapping."""
+        return self._mapping() is not None and 0 <= address - self._start < self._state[2]
+
+    def check(self) -> None:
+        """Raise CheckpointError if the file was written to, or cut, while something uses it."""
+        mapping = self._mapping()  # held meanwhile, so that the descriptor stays open
+        if mapping is not None and file_state(self._descriptor) != self._state:
+            raise CheckpointError(
+                f"{self.path}: expected it as it was when the model was loaded, whose weights are "
+                "mapped from it (mmap=True, or the hub's cache); found: it has been written to. "
+                "Load the model again, and with mmap=False where files are rewritten in place. "
+                "save_pretrained, or saving under another name and renaming, leaves a mapped file "
+                "whole."
+            )
 
 
 class ArraySource:

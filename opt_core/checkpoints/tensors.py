@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from opt_core.checkpoints.sources import ArraySource, ByteSource
+from opt_core.checkpoints.sources import ArraySource, ByteSource, FileSource
 from opt_core.errors import FormatError, InputError
 
 ALIGNMENT = 64
@@ -116,6 +116,11 @@ class LazyTensor:
             and (self._offset, self._strides) == (other._offset, other._strides)
             and (self.dtype, self.shape) == (other.dtype, other.shape)
         )
+
+    @property
+    def maps(self) -> bool:
+        """Whether `map` gives a view onto a file, and no copy."""
+        return isinstance(self._source, FileSource)
 
     def map(self) -> NDArray[Any]:
         """Return a view onto the file: nothing is copied, pages are read when touched.

@@ -95,6 +95,12 @@ def _place(name: str, tensor: StoredTensor, source: FileSource, places: _Places)
     """Tie a tensor to the bytes of its storage; `places` gives offset and length of each."""
     where = f"{source.path}: tensor {name!r}"
     storage = tensor.storage
+    if tensor.marks:
+        raise FormatError(
+            f"{where}: expected plain values, found a view marked {', '.join(tensor.marks)!r:.100}: "
+            "torch computes other values than the file stores. Load the file with torch and save "
+            "tensor.resolve_conj().resolve_neg()."
+        )
     info = TensorInfo(name, storage.dtype, tensor.shape, source.path)
     if storage.key not in places:
         raise FormatError(f"{where}: expected a storage {storage.key[:50]!r}, found none. {_AGAIN}")

@@ -55,12 +55,16 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A view onto a storage; offset and strides count elements, as torch does."""
+    """A view onto a storage; offset and strides count elements, as torch does.
+
+    `marks` names what else torch does to the values of the storage: flip their signs ("neg"), ...
+    """
 
     storage: Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -256,19 +260,40 @@ def _read_argument(opcode: pickletools.OpcodeInfo, stream: io.BytesIO) -> Any:
 
 
 def _rebuild_tensor(arguments: tuple[Any, ...]) -> StoredTensor:
+    """Return the tensor that `torch._utils._rebuild_tensor_v2` makes of these arguments.
+
+    Of its flags only those that are set count.
+    """
     match arguments:
-        case (Storage() as storage, int() as offset, tuple() as shape, tuple() as strides, *_):
-            if len(shape) == len(strides) <= _MAX_DIMS and all(
-                type(number) is int for number in (offset, *shape, *strides)
-            ):
-                return StoredTensor(storage, offset, shape, strides)
+        case (
+            Storage() as storage,
+            int() as offset,
+            tuple() as shape,
+            tuple() as strides,
+            bool(),  # requires_grad
+            None | {} as hooks,
+            *metadata,
+        ) if not hooks and len(shape) == len(strides) <= _MAX_DIMS:
+            if all(type(number) is int for number in (offset, *shape, *strides)):
+                return StoredTensor(storage, offset, shape, strides, _marks(metadata))
+    raise ValueError("a tensor is described in an unknown way")
+
+
+def _marks(metadata: list[Any]) -> tuple[str, ...]:
+    """Return the flags that are set in what may follow: nothing, None, or a dictionary of flags."""
+    match metadata:
+        case [] | [None]:
+            return ()
+        case [dict(flags)]:
+            return tuple(name for name, value in flags.items() if value is not False)
     raise ValueError("a tensor is described in an unknown way")
 
 
 def _rebuild_parameter(arguments: tuple[Any, ...]) -> StoredTensor:
-    if not arguments or not isinstance(arguments[0], StoredTensor):
-        raise ValueError("a parameter is described in an unknown way")
-    return arguments[0]
+    match arguments:
+        case (StoredTensor() as tensor, bool(), None | {} as hooks) if not hooks:
+            return tensor
+    raise ValueError("a parameter is described in an unknown way")
 
 
 def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ GRAPH = "what a graph cannot tell while it is traced"
 WEIGHTS = "Keras' fit takes weights of rows and labels"
 LINEN = "a Linen module holds no parameters; the class around it does"
 OFFLOAD = "accelerate places torch modules alone"
+MAPPING = "TensorFlow and JAX have weights in memory of their own"
 STATE = "parameters live in the modules of torch alone"
 TWO_DTYPES = "parameters in Flax have a dtype beside the computation's"
 CUDA = "torch runs its kernels one by one, and its host asks an accelerator only where it must"
@@ -144,6 +145,8 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "device_map": OFFLOAD,
         "max_memory": OFFLOAD,
         "offload_folder": OFFLOAD,
+        "mmap": MAPPING,
+        "mapped": MAPPING,
         "gradient_checkpointing_kwargs": "options of torch.utils.checkpoint",
     },
     "flax": {
@@ -156,6 +159,8 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "device_map": OFFLOAD,
         "max_memory": OFFLOAD,
         "offload_folder": OFFLOAD,
+        "mmap": MAPPING,
+        "mapped": MAPPING,
         "gradient_checkpointing_kwargs": "options of torch.utils.checkpoint",
         "model": LINEN,
         "module": LINEN,
@@ -189,8 +194,8 @@ TORCH = [
     if (file := path.relative_to(ROOT / "opt_torch").as_posix()) not in PARTS
 ]
 TWINS = [(backend, file) for backend in ("tf", "flax") for file in TORCH]
-#: Files of torch's own: the vendor's kernels, CUDA graphs, and accelerate.
-TORCH_ONLY = {"flash.py", "generation/graphs.py", "offload.py"}
+#: Files of torch's own: the vendor's kernels, CUDA graphs, weights that stay in files, and accelerate.
+TORCH_ONLY = {"flash.py", "generation/graphs.py", "mapping.py", "offload.py"}
 #: Files of one backend for what the other frameworks have built in.
 OWN_FILES: dict[str, set[str]] = {
     "tf": {"_keras.py", "adapters.py", "export.py", "inputs.py", "training.py", *PARTS},

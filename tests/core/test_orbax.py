@@ -144,7 +144,7 @@ def test_slices_read_the_chunks_they_need(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(FileNotFoundError):
         tensor.read_slice(0, 1, 3)
     (tmp_path / "o" / "kernel" / "1.0").write_bytes(bytes(48))
-    with pytest.raises(CheckpointError, match="changed meanwhile"):
+    with pytest.raises(CheckpointError, match="changed while it was read"):
         tensor.read_slice(0, 2, 4)
 
 

@@ -113,12 +113,23 @@ def pickled(value: Any) -> bytes:
     return pickle.dumps(value, 2)[2:-1]
 
 
+HOOKS = Call(Global("collections", "OrderedDict"))
+
+
 def tensor(
-    storage: Any, shape: tuple[Any, ...] = (4,), strides: tuple[Any, ...] = (1,), offset: Any = 0
+    storage: Any,
+    shape: tuple[Any, ...] = (4,),
+    strides: tuple[Any, ...] = (1,),
+    offset: Any = 0,
+    rest: tuple[Any, ...] = (False, HOOKS),
 ) -> Call:
-    hooks = Call(Global("collections", "OrderedDict"))
     rebuild = Global("torch._utils", "_rebuild_tensor_v2")
-    return Call(rebuild, storage, offset, shape, strides, False, hooks)
+    return Call(rebuild, storage, offset, shape, strides, *rest)
+
+
+def marked(metadata: Any) -> Call:
+    """A tensor with what torch keeps of a view besides its place."""
+    return tensor(Stored("0", 4), rest=(False, HOOKS, metadata))
 
 
 def zipped(
@@ -134,6 +145,13 @@ def zipped(
     return stream.getvalue()
 
 
+def legacy(state: Any) -> bytes:
+    """Make a file as torch before 1.6 did, of a state dict and one storage "0" of four floats."""
+    parts = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, state, ["0"])
+    programs = (b"\x80\x02" + pickled(part) + b"." for part in parts)
+    return b"".join(programs) + struct.pack("<q", 4) + bytes(16)
+
+
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[[bytes], dict[str, NDArray[Any]]]:
     def read_file(data: bytes) -> dict[str, NDArray[Any]]:
@@ -146,7 +164,9 @@ def read(tmp_path: Path) -> Callable[[bytes], dict[str, NDArray[Any]]]:
 
 
 def test_the_hand_made_file_is_good_but_for_what_is_done_to_it(read: Any) -> None:
-    assert same(read(zipped({"w": tensor(Stored("0", 4))}))["w"], np.zeros(4, np.float32))
+    for made in (zipped, legacy):
+        for good in (tensor(Stored("0", 4)), marked(None), marked({}), marked({"neg": False})):
+            assert same(read(made({"w": good}))["w"], np.zeros(4, np.float32))
 
 
 GOOD = Stored("0", 4)
@@ -192,6 +212,26 @@ HOSTILE = {
         {"w": Call(Global("torch._utils", "_rebuild_parameter"), 1, True)},
         "a parameter is described in an unknown way",
     ),
+    "hooks": ({"w": tensor(GOOD, rest=(False, {"a": 1}))}, "described in an unknown way"),
+    "hooks left out": ({"w": tensor(GOOD, rest=(False,))}, "described in an unknown way"),
+    "flag that is none": ({"w": tensor(GOOD, rest=("", HOOKS))}, "described in an unknown way"),
+    "metadata of another kind": ({"w": marked("neg")}, "described in an unknown way"),
+    "more than torch writes": (
+        {"w": tensor(GOOD, rest=(False, HOOKS, {}, {}))},
+        "described in an unknown way",
+    ),
+    "parameter with hooks": (
+        {"w": Call(Global("torch._utils", "_rebuild_parameter"), tensor(GOOD), True, {"a": 1})},
+        "a parameter is described in an unknown way",
+    ),
+    "parameter with a state": (
+        {
+            "w": Call(
+                Global("torch._utils", "_rebuild_parameter_with_state"), tensor(GOOD), True, HOOKS, {}
+            )
+        },
+        "'torch._utils._rebuild_parameter_with_state'",
+    ),
     "dictionary of something": (
         {"w": Call(Global("collections", "OrderedDict"), 1)},
         "a dictionary is made in an unknown way",
@@ -217,6 +257,20 @@ HOSTILE = {
 def test_a_hostile_state_dict_is_refused(read: Any, state: Any, message: str) -> None:
     with pytest.raises(FormatError, match=f"(?s)pytorch_model.bin.*{message}"):
         read(zipped(state))
+
+
+@pytest.mark.parametrize("made", [zipped, legacy])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("mark", ["neg", "conj", "what torch will think of"])
+def test_marks_of_views_are_refused(
+    read: Any, made: Callable[[Any], bytes], wrapped: bool, mark: str
+) -> None:
+    """torch computes other values than lie in the storage; once, signs were lost without a word."""
+    view = marked({mark: True})
+    if wrapped:
+        view = Call(Global("torch._utils", "_rebuild_parameter"), view, False, HOOKS)
+    with pytest.raises(FormatError, match=f"tensor 'w': expected plain values, .* '{mark}'"):
+        read(made({"v": tensor(GOOD), "w": view}))
 
 
 def test_nothing_that_a_file_names_is_called(read: Any, tmp_path: Path) -> None:

@@ -6,14 +6,18 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from opt_core import FormatError
+from opt_core.pretrained import open_pretrained
 from opt_core.staging import COMPLETE, PARTIAL, complete
-from tests.faults.jobs import content, folders, make, save, tree
+from tests.faults.jobs import ARCHITECTURE, content, folders, make, save, tree
 
 SAVES = 200
 
@@ -74,3 +78,33 @@ def test_a_list_of_moves_that_is_no_file(tmp_path: Path) -> None:
         file.truncate(2**40)
     with pytest.raises(FormatError, match="expected a small file"):
         complete(tmp_path)
+
+
+def saving(directory: Path, stop: Event) -> None:
+    while True:
+        for model in ("new", "old"):
+            if stop.is_set():
+                return
+            save(str(directory), model)
+
+
+def test_loads_beside_saves(place: Path) -> None:
+    """Each finds one state, and none gives up: once, weights came with another configuration."""
+    context = get_context("spawn")
+    model, stop = make(place / "model", "old"), context.Event()
+    process = context.Process(target=saving, args=(model, stop))
+    process.start()
+    found: Counter[float] = Counter()
+    end = time.monotonic() + 30
+    try:
+        while min(found.values(), default=0) < 40 or len(found) < 2:
+            assert time.monotonic() < end and process.is_alive(), found
+            with open_pretrained(model, ARCHITECTURE) as loaded:
+                sources = [*loaded.sources.values()]
+                values = {float(value) for s in sources for value in np.unique(s.tensor.read())}
+            assert values == {loaded.config.num_hidden_layers}
+            assert values == {loaded.generation_config.max_length - 10}
+            found.update(values)
+    finally:
+        stop.set()
+        process.join()

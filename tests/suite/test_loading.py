@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from opt_core import CheckpointError, ConfigError, InputError, OPTConfig
+from opt_core.checkpoints import LazyTensor
 from tests.backends.base import Array, Backend
 from tests.cases import bits, case, write
 from tests.tolerances import TOLERANCES, assert_close
@@ -261,3 +263,45 @@ def test_a_stored_head_does_not_matter_to_other_classes(
     write(folder, weights, case("pre_norm").config)
     _, info = backend.load(folder, architecture="OPTModel", output_loading_info=True)
     assert info["unexpected_keys"] == [HEAD]
+
+
+# --- files that change ----------------------------------------------------------------------------
+
+
+def test_a_file_that_is_rewritten_while_it_is_read(
+    backend: Backend, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cp or torch.save do, halfway through: an error, and no mixture of two models."""
+    file, read = folder / "model.safetensors", LazyTensor.read_stored
+
+    def reading(tensor: LazyTensor) -> Array:
+        found = read(tensor)
+        file.write_bytes(file.read_bytes()[:-100] + bytes(100))
+        os.utime(file, ns=(1, 1))  # clocks of file systems tick every few milliseconds
+        return found
+
+    monkeypatch.setattr(LazyTensor, "read_stored", reading)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: .* changed while it was read"):
+        backend.load(folder)
+
+
+def test_what_is_loaded_no_longer_needs_its_file(backend: Backend, folder: Path) -> None:
+    """Rewritten in place afterwards, as by a training that saves there again and again."""
+    model = backend.load(folder)
+    ids = np.array([[5, 6, 7]])
+    expected = backend.forward(model, input_ids=ids)["logits"]
+    file = folder / "model.safetensors"
+    size = file.stat().st_size
+    with open(file, "r+b") as opened:
+        opened.seek(size // 2)
+        opened.write(bytes(size - size // 2))
+    assert np.array_equal(backend.forward(model, input_ids=ids)["logits"], expected)
+
+
+def test_only_torch_can_leave_weights_in_their_file(backend: Backend, folder: Path) -> None:
+    backend.load(folder, mmap=False)
+    if backend.name == "torch":
+        backend.load(folder, mmap=True)
+    else:
+        with pytest.raises(InputError, match="mmap=True: expected a model of PyTorch"):
+            backend.load(folder, mmap=True)

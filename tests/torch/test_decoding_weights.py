@@ -168,7 +168,7 @@ def test_the_file_leaves_memory_when_its_weights_are_packed(tmp_path: Path) -> N
         hidden_size=512, ffn_dim=2048, num_hidden_layers=4, num_attention_heads=8, vocab_size=512
     )
     write_random_checkpoint(tmp_path, config)
-    model = OPTForCausalLM.from_pretrained(tmp_path)
+    model = OPTForCausalLM.from_pretrained(tmp_path, mmap=True)
     weights = 4 * sum(linear.weight.numel() for linear in linears(model))
     for parameter in model.parameters():
         parameter.detach().sum()
