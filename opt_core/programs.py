@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 from opt_core.errors import InputError
@@ -22,6 +22,8 @@ DEFAULT_LIMIT = 64
 
 class Programs:
     """The compiled programs of one owner, by what each was compiled for. They are freed with it."""
+
+    limit: ClassVar[int] = DEFAULT_LIMIT  # of all owners together
 
     def __init__(self) -> None:
         self._entries: dict[Hashable, _Entry] = {}
@@ -66,12 +68,11 @@ class _Entry:
 _LOCK = threading.RLock()
 _OWNERS: WeakSet[Programs] = WeakSet()
 _CLOCK = count(1)
-_limit = DEFAULT_LIMIT
 
 
 def program_limit() -> int:
     """How many compiled programs this process keeps at most."""
-    return _limit
+    return Programs.limit
 
 
 def set_program_limit(limit: int) -> None:
@@ -80,11 +81,12 @@ def set_program_limit(limit: int) -> None:
     Raises:
         InputError: no whole number of at least 1.
     """
-    global _limit
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise InputError(f"set_program_limit: expected a whole number of at least 1, found {limit!r}.")
+        raise InputError(
+            f"set_program_limit: expected a whole number of at least 1, found {limit!r}."
+        )
     with _LOCK:
-        _limit = limit
+        Programs.limit = limit
         _free_oldest()
 
 
@@ -108,5 +110,5 @@ def _free_oldest() -> None:
         (entry.last_use, owner, key) for owner in _OWNERS for key, entry in owner._entries.items()
     ]
     entries.sort(key=lambda found: found[0])
-    for _, owner, key in entries[: max(0, len(entries) - _limit)]:
+    for _, owner, key in entries[: max(0, len(entries) - Programs.limit)]:
         del owner._entries[key]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from functools import cache
 from typing import Any, TypeVar
 
 #: The metadata of such a field.
@@ -17,8 +16,7 @@ NUMBER = {"is_number": True}
 T = TypeVar("T")
 
 
-@cache
-def _names(kind: type) -> tuple[str, ...]:
+def _names(kind: Any) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind) if field.metadata == NUMBER)
 
 

@@ -32,7 +32,6 @@ class Endings(NamedTuple):
     biases: tuple[float, ...]  # [n]
 
 
-
 @dataclass(frozen=True)
 class LogitsProcessor:
     """One change to the scores [B, V] of the next token."""

@@ -42,7 +42,7 @@ def _computation(module: nn.Module) -> Hashable:
     if not type(module).__module__.startswith("opt_flax."):
         return module
     own = (x.name for x in fields(module) if x.name not in ("config", "parent", "name"))
-    config: OPTConfig = module.config  # type: ignore[attr-defined]
+    config: OPTConfig = module.config
     return (type(module), config.computation, *(getattr(module, name) for name in own))
 
 
@@ -82,13 +82,11 @@ def _fixed(module: nn.Module) -> nn.Module:
     """The module with a configuration that nobody changes."""
     if not type(module).__module__.startswith("opt_flax."):
         return module
-    return module.clone(config=module.config.replace())  # type: ignore[attr-defined]
+    return module.clone(config=module.config.replace())
 
 
 def _shapes(arguments: Any) -> Hashable:
     """What a program is compiled for."""
     leaves, tree = jax.tree.flatten(arguments)
     is_array = (Array, np.ndarray, np.generic)
-    return tree, *(
-        (x.shape, x.dtype) if isinstance(x, is_array) else type(x) for x in leaves
-    )
+    return tree, *((x.shape, x.dtype) if isinstance(x, is_array) else type(x) for x in leaves)
