@@ -24,6 +24,7 @@ from opt_core.generation.constraints import (
     PhrasalConstraint,
 )
 from opt_core.generation.streaming import TextIteratorStreamer, TextStreamer
+from opt_core.programs import clear_compiled, set_program_limit
 from opt_core.tokenizer import OPTTokenizer
 
 __version__ = "0.1.0"
@@ -44,4 +45,6 @@ __all__ = [
     "TextIteratorStreamer",
     "TextStreamer",
     "UnsupportedError",
+    "clear_compiled",
+    "set_program_limit",
 ]

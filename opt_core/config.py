@@ -211,6 +211,11 @@ class OPTConfig:
     # --- derived ---------------------------------------------------------------------------------
 
     @property
+    def computation(self) -> tuple[Any, ...]:
+        """All that the outputs follow from, in inference, besides the parameters and what is asked for."""
+        return tuple(getattr(self, name) for name in _COMPUTED)
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
@@ -453,6 +458,22 @@ def read_json_object(path: Path) -> dict[str, Any]:
 FIELDS = tuple(field.name for field in dataclasses.fields(OPTConfig))
 #: Always in the JSON: the reference page's arguments, and what adapter libraries look for.
 _OWN_FIELDS = FIELDS[: FIELDS.index("tie_word_embeddings") + 1]
+_COMPUTED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "ffn_dim",
+    "max_position_embeddings",
+    "do_layer_norm_before",
+    "_remove_final_layer_norm",
+    "word_embed_proj_dim",
+    "num_attention_heads",
+    "activation_function",
+    "pad_token_id",
+    "enable_bias",
+    "layer_norm_elementwise_affine",
+    "tie_word_embeddings",
+)
 _COMMON_DEFAULTS: Mapping[str, Any] = {
     "architectures": None,
     "return_dict": True,

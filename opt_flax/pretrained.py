@@ -24,6 +24,7 @@ from opt_core.resizing import resized_vocab_size
 from opt_flax.attention import DEFAULT_KERNEL, KERNELS
 from opt_flax.cache import KVCache
 from opt_flax.decoding_weights import check_layout, plain, prepare
+from opt_flax.generation.programs import ModulePrograms, programs_of
 from opt_flax.parts import to_array
 from opt_flax.weights import (
     Params,
@@ -92,6 +93,7 @@ class FlaxOPTPreTrainedModel:
         self.module = self.module_class(
             config, self.attn_implementation, self.dtype, self.param_dtype
         )
+        self.programs: ModulePrograms | None = None  # of `generate`
         self._params: Params | None = None
         if _do_init:
             self._params = self.init_weights(jax.random.key(seed), input_shape)
@@ -228,6 +230,10 @@ class FlaxOPTPreTrainedModel:
     def gradient_checkpointing_disable(self) -> None:
         """Keeps what the layers' gradients need again, which is the default."""
         self.module = self.module.clone(gradient_checkpointing=False)
+
+    def clear_compiled(self) -> None:
+        """Frees what `generate` has compiled for this model, and so for others that compute the same."""
+        programs_of(self.module).clear()
 
     def num_parameters(self) -> int:
         """The number of scalars, the tied head counted once."""

@@ -69,6 +69,8 @@ def replace_layer(owner: Any, name: str, layer: Any) -> None:
             tracker.replace_tracked_value("layers", old, layer)
         elif old is not None:
             tracker.untrack(old)
+        if layer is None:
+            delattr(owner, name)  # which TensorFlow's checkpoints forget then, too
         setattr(owner, name, layer)
         tracker.lock()
     except AttributeError as error:

@@ -54,6 +54,10 @@ class OPTDecoder(keras.layers.Layer):
             OPTDecoderLayer(config, name=f"layers.{index}", dtype=dtype)
             for index in range(config.num_hidden_layers)
         ]
+        # TensorFlow's checkpoints hold an object's attributes, and look into no lists of Keras.
+        for index, layer in enumerate(self.layers):
+            self._track_trackable(layer, f"layer-{index}")
+        self._track_trackable(self.seed_generator.state, "seed_generator_state")
 
     def build(self, input_shape: Any = None) -> None:
         hidden, embed = self.config.hidden_size, self.config.word_embed_proj_dim

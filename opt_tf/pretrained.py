@@ -20,6 +20,7 @@ from opt_tf.attention import DEFAULT_KERNEL, KERNELS
 from opt_tf.cache import KVCache
 from opt_tf.decoding_weights import prepare
 from opt_tf.export import write_saved_model
+from opt_tf.generation.programs import ModelPrograms
 from opt_tf.inputs import check_inputs, named_inputs
 from opt_tf.training import KerasModel
 from opt_tf.weights import assign, canonical_arrays, initialize, resized
@@ -59,7 +60,7 @@ class TFOPTPreTrainedModel(KerasModel):
         self.config = config
         self.attn_implementation = attn_implementation or DEFAULT_KERNEL
         self.generation_config = GenerationConfig.from_model_config(config)
-        self.programs: dict[Any, Any] = {}  # functions of `generate`
+        self.programs = ModelPrograms()  # of `generate`
 
     def post_init(self) -> None:
         """Makes the variables, and draws initial values of what this class adds to its base model."""
@@ -179,6 +180,14 @@ class TFOPTPreTrainedModel(KerasModel):
         """Inputs [1, 2] to try a model with."""
         ones = tf.ones((1, 2), tf.int32)
         return {"input_ids": ones, "attention_mask": ones}
+
+    def clear_compiled(self) -> None:
+        """Frees what `generate` has compiled for this model.
+
+        TensorFlow forgets all programs of XLA at once: those of others, too, are compiled again when they
+        are next called. It waits as long as another thread computes.
+        """
+        self.programs.clear()
 
     def num_parameters(self) -> int:
         """The number of scalars, the tied head counted once."""

@@ -14,6 +14,7 @@ from tensorflow import Tensor
 from opt_core import InputError, OPTConfig, UnsupportedError
 from opt_tf.adapters import add_lora, merge, quantizable, quantize_as, record
 from opt_tf.export import export_saved_model, serving_function
+from opt_tf.generation.programs import ModelPrograms
 
 
 class KerasModel(keras.Model):
@@ -21,7 +22,7 @@ class KerasModel(keras.Model):
 
     config: OPTConfig
     attn_implementation: str
-    programs: dict[Any, Any]
+    programs: ModelPrograms
     compiled: bool  # Keras' own
     lora: dict[str, Any] | None = None  # the arguments of `enable_lora`
 

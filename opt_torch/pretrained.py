@@ -19,6 +19,7 @@ from opt_torch.attention import DEFAULT_KERNEL, KERNELS
 from opt_torch.cache import KVCache
 from opt_torch.decoding_weights import prepare, restore
 from opt_torch.flash import kernels as find_flash_kernels
+from opt_torch.generation.graphs import forget
 from opt_torch.mapping import NO_FILES, Files, decide, watch
 from opt_torch.offload import Device, DeviceMap, MaxMemory, computing_device, is_away, place
 from opt_torch.weights import (
@@ -184,6 +185,10 @@ class OPTPreTrainedModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """Keeps what the layers' gradients need again, which is the default."""
         self._decoder.gradient_checkpointing = False
+
+    def clear_compiled(self) -> None:
+        """Frees what `generate` has recorded for this model: CUDA graphs, each with its cache."""
+        forget(self)
 
     def num_parameters(self) -> int:
         """The number of scalars, the tied head counted once."""

@@ -74,7 +74,7 @@ class Hypotheses:
         if len(self.kept) < self.strategy.rows:
             return
         early, penalty = self.strategy.early_stopping, self.strategy.length_penalty
-        if early == "never" and penalty > 0.0:
+        if early == "never":
             length = self.limit
         self.is_done = early is True or self._worst() >= best / length**penalty
 

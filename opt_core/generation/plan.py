@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 from opt_core.config import OPTConfig
@@ -16,6 +17,7 @@ from opt_core.generation.config import OTHER_OPTIONS, GenerationConfig
 from opt_core.generation.constraints import read_constraints
 from opt_core.generation.dola import early_layers
 from opt_core.generation.hooks import NO_HOOKS, Hooks
+from opt_core.generation.numbers import NUMBER, numbers_in, with_numbers_in
 from opt_core.generation.ordering import plan_processors
 from opt_core.generation.strategies import (
     AssistedSearch,
@@ -84,8 +86,8 @@ class DecodePlan(Generic[S]):
     processors: tuple[p.LogitsProcessor, ...]
     prompt_length: int
     max_new_tokens: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
+    eos_token_ids: tuple[int, ...] = field(metadata=NUMBER)
+    pad_token_id: int = field(metadata=NUMBER)
     num_return_sequences: int = 1
     past_length: int = 0
     is_padded: bool = False
@@ -104,16 +106,20 @@ class DecodePlan(Generic[S]):
         return any(isinstance(processor, p.Guidance) for processor in self.processors)
 
     @property
+    def calls_back(self) -> bool:
+        """Whether a processor runs code of the caller."""
+        return any(isinstance(processor, p.HostProcessor) for processor in self.processors)
+
+    @property
     def needs_host(self) -> bool:
         """Whether the loop runs code that cannot be compiled into it."""
-        return isinstance(self.strategy, ConstrainedBeamSearch | AssistedSearch) or any(
-            isinstance(processor, p.HostProcessor) for processor in self.processors
-        )
+        by_itself = isinstance(self.strategy, ConstrainedBeamSearch | AssistedSearch)
+        return by_itself or self.calls_back
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """What the processors' `p.NUMBER` fields hold: one compiled loop serves all values."""
-        return tuple(value for processor in self.processors for value in processor.numbers.values())
+        """What the `NUMBER` fields hold, the strategy's and processors' too: one loop serves all values."""
+        return tuple(chain.from_iterable(map(numbers_in, (self, self.strategy, *self.processors))))
 
     @property
     def key(self) -> DecodePlan[S]:
@@ -123,10 +129,10 @@ class DecodePlan(Generic[S]):
     def with_numbers(self, numbers: Iterable[Any]) -> DecodePlan[S]:
         """The plan with others in their places, or with arrays inside a compiled loop."""
         given = iter(numbers)
-        processors = [
-            replace(x, **{name: next(given) for name in x.numbers}) for x in self.processors
-        ]
-        return replace(self, processors=tuple(processors))
+        own = with_numbers_in(self, given)
+        strategy = with_numbers_in(self.strategy, given)
+        processors = tuple(with_numbers_in(processor, given) for processor in self.processors)
+        return replace(own, strategy=strategy, processors=processors)
 
     def bucketed(self) -> DecodePlan[S]:
         """The plan with both lengths rounded up, so that few are compiled.

@@ -10,40 +10,31 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opt_core.errors import InputError
+from opt_core.generation.numbers import NUMBER
 
 
 class Endings(NamedTuple):
-    """What n sequences say of the tokens that complete them.
+    """What n sequences say of the tokens that complete them, as tuples of numbers.
 
     Short prefixes are filled up with -1 on the left.
     """
 
-    prefixes: NDArray[np.int32]  # [n, longest] the tokens before the last
-    lengths: NDArray[np.int32]  # [n] tokens that a row must have
-    tokens: NDArray[np.int32]  # [n] the last
-    biases: NDArray[np.float32]  # [n]
-
-
-#: Of a field that a compiled loop is told when it runs, so that another value compiles nothing.
-NUMBER = {"is_number": True}
+    prefixes: tuple[tuple[int, ...], ...]  # [n, longest] the tokens before the last
+    lengths: tuple[int, ...]  # [n] tokens that a row must have
+    tokens: tuple[int, ...]  # [n] the last
+    biases: tuple[float, ...]  # [n]
 
 
 @dataclass(frozen=True)
 class LogitsProcessor:
     """One change to the scores [B, V] of the next token."""
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        """The fields with the metadata `NUMBER`."""
-        names = [x.name for x in fields(self) if x.metadata == NUMBER]
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -70,18 +61,17 @@ class SequenceBias(LogitsProcessor):
     As in the reference, a row must have as many tokens as the whole sequence, unless it is one token.
     """
 
-    biases: tuple[tuple[tuple[int, ...], float], ...]  # (token ids, bias)
+    biases: tuple[tuple[tuple[int, ...], float], ...] = field(metadata=NUMBER)  # (token ids, bias)
 
     def endings(self) -> Endings:
-        """The sequences as arrays."""
+        """The sequences, each taken apart."""
         sequences = [ids for ids, _ in self.biases]
         width = max(map(len, sequences))
-        prefixes = [(-1,) * (width - len(ids)) + ids[:-1] for ids in sequences]
         return Endings(
-            np.array(prefixes, np.int32),
-            np.array([len(ids) if len(ids) > 1 else 0 for ids in sequences], np.int32),
-            np.array([ids[-1] for ids in sequences], np.int32),
-            np.array([bias for _, bias in self.biases], np.float32),
+            tuple((-1,) * (width - len(ids)) + ids[:-1] for ids in sequences),
+            tuple(len(ids) if len(ids) > 1 else 0 for ids in sequences),
+            tuple(ids[-1] for ids in sequences),
+            tuple(bias for _, bias in self.biases),
         )
 
 
@@ -118,7 +108,7 @@ class MinLength(LogitsProcessor):
     """No end of sequence before the row has `length` columns."""
 
     length: int = field(metadata=NUMBER)
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...] = field(metadata=NUMBER)
 
 
 @dataclass(frozen=True)
@@ -126,7 +116,7 @@ class MinNewTokens(LogitsProcessor):
     """No end of sequence before `count` new tokens."""
 
     count: int = field(metadata=NUMBER)
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...] = field(metadata=NUMBER)
 
 
 @dataclass(frozen=True)
@@ -165,14 +155,14 @@ class PrefixAllowed(HostProcessor):
 class ForcedBOS(LogitsProcessor):
     """Nothing but `token_id` after a single column."""
 
-    token_id: int
+    token_id: int = field(metadata=NUMBER)
 
 
 @dataclass(frozen=True)
 class ForcedEOS(LogitsProcessor):
     """Nothing but the `token_ids`, all with score 0, as the last of the tokens allowed."""
 
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = field(metadata=NUMBER)
 
 
 @dataclass(frozen=True)
@@ -189,7 +179,7 @@ class LengthDecay(LogitsProcessor):
 
     start: int
     factor: float
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...] = field(metadata=NUMBER)
 
     def gains(self, count: int) -> NDArray[np.float32]:
         """What the scores' sizes are multiplied by before they are added, in each of `count` steps."""
@@ -202,22 +192,22 @@ class LengthDecay(LogitsProcessor):
 class Suppress(LogitsProcessor):
     """None of these tokens."""
 
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = field(metadata=NUMBER)
 
 
 @dataclass(frozen=True)
 class SuppressAtBegin(LogitsProcessor):
     """None of these tokens as the new token number `step`, counted from 0."""
 
-    token_ids: tuple[int, ...]
-    step: int
+    token_ids: tuple[int, ...] = field(metadata=NUMBER)
+    step: int = field(metadata=NUMBER)
 
 
 @dataclass(frozen=True)
 class ForceTokens(LogitsProcessor):
     """Nothing but a certain token in certain columns."""
 
-    tokens: tuple[tuple[int, int], ...]  # (column, token id)
+    tokens: tuple[tuple[int, int], ...] = field(metadata=NUMBER)  # (column, token id)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Each backend's `generation/` says how, one loop for each of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import ClassVar
@@ -15,6 +15,7 @@ from typing import ClassVar
 from opt_core.errors import InputError
 from opt_core.generation.config import GenerationConfig
 from opt_core.generation.constraints import Constraint
+from opt_core.generation.numbers import NUMBER
 
 #: Proposals are filled up to a multiple of this, where each number of them would be compiled.
 PROPOSALS = 8
@@ -64,7 +65,7 @@ class BeamSearch(Strategy):
     """
 
     num_groups: int = 1
-    length_penalty: float = 1.0
+    length_penalty: float = field(default=1.0, metadata=NUMBER)
     early_stopping: bool | str = False
 
 
@@ -87,7 +88,7 @@ class ContrastiveSearch(Strategy):
     """
 
     top_k: int = 4
-    penalty_alpha: float = 0.6
+    penalty_alpha: float = field(default=0.6, metadata=NUMBER)
     low_memory: bool = False
     spare_columns: ClassVar[int] = 1  # candidates for the last token are run too
 
@@ -216,6 +217,9 @@ def make_strategy(
             constant=lookup is not None or options.num_assistant_tokens_schedule == "constant",
             lookup_size=lookup and (options.max_matching_ngram_size or DEFAULT_LOOKUP_SIZE),
         )
+    early = options.early_stopping
+    if early == "never" and options.length_penalty <= 0.0:
+        early = False  # the same: no longer sequence can have a better score
     search: Callable[..., BeamSearch] = BeamSearch
     if mode is GenerationMode.CONSTRAINED_BEAM:
         search = partial(ConstrainedBeamSearch, constraints=constraints)
@@ -224,5 +228,5 @@ def make_strategy(
         do_sample=sample,
         num_groups=options.num_beam_groups,
         length_penalty=float(options.length_penalty),
-        early_stopping=options.early_stopping,
+        early_stopping=early,
     )

@@ -18,6 +18,7 @@ from opt_core.generation.plan import DecodePlan
 from opt_core.generation.watching import Watch
 from opt_flax.generation.decode import Noise, Step, in_halves, repeat, watched
 from opt_flax.generation.processors import process
+from opt_flax.generation.programs import apart
 from opt_flax.generation.state import Decoded, DecodeState
 
 #: The score of all beams of a group but one before the first step, since all are the same.
@@ -98,15 +99,16 @@ def beam_search(
 
     def extended(state: BeamState) -> BeamState:
         drawn = None if noise is None else noise(state.rows.step)  # [rows, V]
+        state = replace(state, rows=replace(state.rows, scores=None))  # those of the column before
         return shown(plan, run(plan, state, drawn), watch)
 
     # As one program where nothing around it is compiled, unless it holds code of the caller.
-    run = choose if plan.needs_host else jax.jit(choose)
+    run = choose if plan.calls_back else apart(choose)
     beams = repeat(goes_on, advance, extended(first_beams(plan, state)), watch)
     return decoded(plan, closed(plan, beams, jnp.ones_like(beams.done)))
 
 
-@jax.jit
+@apart
 def first_beams(plan: DecodePlan, rows: DecodeState) -> BeamState:
     """The beams before the first step.
 
@@ -203,7 +205,7 @@ def ended(plan: DecodePlan, state: BeamState, best: Beams) -> tuple[Hypotheses, 
     hypotheses = state.hypotheses.merged(found)
     worst = hypotheses.scores[..., 0]  # [B, G]
     highest = averages[..., 0]
-    if strategy.early_stopping == "never" and strategy.length_penalty > 0:
+    if strategy.early_stopping == "never":
         highest = best.scores[..., 0] / jnp.float32(rows.limit) ** strategy.length_penalty
     enough = worst > -jnp.inf
     if strategy.early_stopping is not True:
@@ -242,7 +244,7 @@ def shown(plan: DecodePlan, state: BeamState, watch: Watch | None) -> BeamState:
     return closed(plan, replace(state, rows=rows), stopped)
 
 
-@jax.jit
+@apart
 def closed(plan: DecodePlan, state: BeamState, stopped: Array) -> BeamState:
     """The state with the beams of some groups [B, 1 or G] among the hypotheses, as they are."""
     averages = state.scores / jnp.float32(state.rows.step) ** plan.strategy.length_penalty
@@ -252,7 +254,7 @@ def closed(plan: DecodePlan, state: BeamState, stopped: Array) -> BeamState:
     return replace(state, hypotheses=state.hypotheses.merged(found), done=state.done | stopped)
 
 
-@jax.jit
+@apart
 def decoded(plan: DecodePlan, state: BeamState) -> Decoded:
     """The best sequences of each prompt, from all of its groups, the best first."""
     found = Hypotheses(*(x.reshape(len(x), 1, -1, *x.shape[3:]) for x in state.hypotheses))

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from opt_core.generation.plan import DecodePlan
@@ -21,6 +21,7 @@ from opt_core.generation.strategies import ContrastiveSearch
 from opt_core.generation.watching import Watch
 from opt_flax.cache import KVCache
 from opt_flax.generation.dola import contrasted, early_logits
+from opt_flax.generation.programs import apart, run_compiled
 from opt_flax.generation.state import DecodeState, Inputs, StepOutput
 from opt_flax.masks import positions_from_mask
 
@@ -43,25 +44,23 @@ def run_model(
     With `layers`, the logits are those of DoLa.
     """
     sees = watch is not None and watch.sees_layers
-    output, attentions, hidden_states = forward(
-        module, params, sees, layers, last, tokens, arguments
-    )
+    run = run_compiled(module, forward, sees, layers, last)
+    output, attentions, hidden_states = run(params, tokens, arguments)
     if watch is not None and sees:
         watch.ran(attentions, hidden_states, int(output.cache.used))
     return output
 
 
-@partial(jax.jit, static_argnames=("module", "sees", "layers", "last"))
 def forward(
     module: Any,
-    params: Any,
     sees: bool,
     layers: tuple[int, ...],
     last: bool,
+    params: Any,
     tokens: Array | None,
     arguments: Any,
 ) -> tuple[StepOutput, Any, Any]:
-    """A step's output, attentions and hidden states, compiled where nothing around it is."""
+    """A step's output, attentions and hidden states."""
 
     def run(bound: Any) -> tuple[StepOutput, Any, Any]:
         # The module is called as a whole, as whoever wrapped it (qwix, for one) expects.
@@ -99,12 +98,24 @@ def prefill(
         inputs.tokens[:, past_length:] if inputs.embeds is None else None,
         inputs_embeds=inputs.embeds,
         attention_mask=mask if plan.is_padded else None,
-        position_ids=positions_from_mask(mask, past_length, mask.shape[1] - past_length),
+        position_ids=prompt_positions(plan, mask),
         past_key_values=inputs.past,
     )
     if inputs.past is None:
-        output = output._replace(cache=output.cache.with_capacity(plan.capacity))
+        output = output._replace(cache=with_room(plan, output.cache))
     return output
+
+
+@apart
+def prompt_positions(plan: DecodePlan, mask: Array) -> Array:
+    """The positions [B, T] of the prompts' columns that are not in a cache."""
+    return positions_from_mask(mask, plan.past_length, mask.shape[1] - plan.past_length)
+
+
+@apart
+def with_room(plan: DecodePlan, cache: KVCache) -> KVCache:
+    """The prompts' cache as one of fixed size."""
+    return cache.with_capacity(plan.capacity)
 
 
 def decode_step(
@@ -114,21 +125,16 @@ def decode_step(
 
     Or of `rows` [any] of them, each as often as it is named.
     """
-    mask = jnp.repeat(inputs.mask, plan.strategy.rows, axis=0)
-    counts = mask.sum(axis=1, keepdims=True)  # [B, 1] real tokens in each prompt
-    room = jnp.ones((len(mask), plan.capacity - plan.prompt_length), mask.dtype)
-    full_mask = jnp.concatenate([mask, room], axis=1) if plan.is_padded else None  # [B, S]
+    counts, full_mask = prompt_columns(plan, inputs.mask)
     # Columns that proposals are filled up with may lie beyond the position table.
     last_position = module.config.max_position_embeddings - 1
 
     def step(tokens: Array, cache: KVCache, rows: Array | None = None) -> StepOutput:
-        own_counts, own_mask = counts, full_mask
         if rows is not None:
             rows = in_halves(plan, rows, len(inputs.known))
-            own_counts, own_mask = counts[rows], None if full_mask is None else full_mask[rows]
-        if plan.is_guided:
-            tokens = jnp.concatenate([tokens, tokens])
-        columns = cache.used + jnp.arange(tokens.shape[1])
+        tokens, mask, position_ids = step_inputs(
+            plan, tokens, cache.used, counts, full_mask, rows, last_position
+        )
         return run_model(
             module,
             params,
@@ -136,12 +142,41 @@ def decode_step(
             plan.dola_layers,
             False,
             tokens,
-            attention_mask=own_mask,
-            position_ids=jnp.minimum(own_counts + columns - plan.prompt_length, last_position),
+            attention_mask=mask,
+            position_ids=position_ids,
             past_key_values=cache,
         )
 
     return step
+
+
+def prompt_columns(plan: DecodePlan, mask: Array) -> tuple[Array, Array | None]:
+    """How many real tokens [B, 1] each prompt has, and the mask [B, S] of all columns."""
+    xp = np if isinstance(mask, np.ndarray) else jnp  # numpy compiles nothing
+    mask = xp.repeat(mask, plan.strategy.rows, axis=0)
+    room = xp.ones((len(mask), plan.capacity - plan.prompt_length), mask.dtype)
+    full_mask = xp.concatenate([mask, room], axis=1) if plan.is_padded else None
+    return mask.sum(axis=1, keepdims=True), full_mask
+
+
+@apart
+def step_inputs(
+    plan: DecodePlan,
+    tokens: Array,
+    used: int | Array,
+    counts: Array,
+    full_mask: Array | None,
+    rows: Array | None,
+    last_position: int,
+) -> tuple[Array, Array | None, Array]:
+    """Tokens [B, T] after `used` columns, the guides' too, their mask and positions."""
+    if rows is not None:
+        counts, full_mask = counts[rows], None if full_mask is None else full_mask[rows]
+    if plan.is_guided:
+        tokens = jnp.concatenate([tokens, tokens])
+    columns = used + jnp.arange(tokens.shape[1])
+    positions = jnp.minimum(counts + columns - plan.prompt_length, last_position)
+    return tokens, full_mask, positions
 
 
 def in_halves(plan: DecodePlan, rows: Array, count: int) -> Array:
@@ -149,6 +184,7 @@ def in_halves(plan: DecodePlan, rows: Array, count: int) -> Array:
     return jnp.concatenate([rows, rows + count]) if plan.is_guided else rows
 
 
+@apart
 def first_state(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> DecodeState:
     """The state after the prompts, each repeated for the rows that the strategy wants."""
     batch, repeats = len(inputs.known), plan.strategy.rows
@@ -211,6 +247,7 @@ def watched(state: DecodeState, watch: Watch | None) -> DecodeState:
     """Shows a state with a new column to the host, which may end rows."""
     if watch is None:
         return state
-    tokens = state.tokens[:, int(state.offset) : int(state.length)]
+    # In numpy, where another number of columns compiles nothing.
+    tokens = jnp.asarray(np.asarray(state.tokens)[:, int(state.offset) : int(state.length)])
     ends = watch.chose(tokens, state.scores, state.logits)
     return replace(state, finished=state.finished | ends)

@@ -40,6 +40,7 @@ from opt_flax.generation.beam import beam_search
 from opt_flax.generation.constrained import constrained_beam_search
 from opt_flax.generation.contrastive import contrastive_search
 from opt_flax.generation.decode import Noise, decode_step, first_state, prefill
+from opt_flax.generation.programs import programs_of, run_compiled, within_program
 from opt_flax.generation.search import search
 from opt_flax.generation.state import Decoded, Inputs
 from opt_flax.outputs import GenerateOutput
@@ -114,8 +115,8 @@ def generate(
         "negative_prompt_ids": negative_prompt_ids,
         "negative_prompt_attention_mask": negative_prompt_attention_mask,
     }
-    is_traced = _is_traced((jnp.zeros(()), params, texts, embeds, past, noise, prng_key))
-    xp = jnp if _is_traced(texts) else np
+    is_traced = within_program((jnp.zeros(()), params, texts, embeds, past, noise, prng_key))
+    xp = jnp if within_program(texts) else np
     if xp is jnp:
         texts = {name: None if x is None else to_array(name, x) for name, x in texts.items()}
     given = GivenPrompts(
@@ -135,6 +136,7 @@ def generate(
     key, noise = _randomness(plan, model, rows, seed, noise, prng_key, is_traced)
     watch = Watch(config, hooks, plan, np.asarray, partial(jnp.repeat, axis=0))
     on_host = watch.is_needed or plan.needs_host
+    model.programs = programs_of(model.module)
     if is_traced and on_host:
         raise UnsupportedError(
             "Inside jax.jit, generate runs nothing on the host: no constrained or assisted search, no "
@@ -149,7 +151,7 @@ def generate(
     if on_host:
         decoded = run(model.module, wide, params, inputs, key, noise, watch, hooks.assistant_model)
     else:
-        decoded = compiled_run(model.module, wide, params, inputs, key, noise)
+        decoded = run_compiled(model.module, compiled_run)(params, wide, inputs, key, noise)
     watch.end()
     return _output(plan, prompts, decoded, config, watch)
 
@@ -176,16 +178,15 @@ def run(
     return loop(plan, state, step, draw, watch)
 
 
-@partial(jax.jit, static_argnames="module")
 def compiled_run(
     module: Any,
-    plan: DecodePlan,
     params: Any,
+    plan: DecodePlan,
     inputs: Inputs,
     key: Array | None,
     noise: Array | None,
 ) -> Decoded:
-    """`run`, compiled as a whole."""
+    """`run`, compiled as a whole, with the plan's numbers as they are at run time."""
     return run(module, plan, params, inputs, key, noise)._replace(cache=None)
 
 
@@ -202,22 +203,18 @@ def _inputs(
     return Inputs(prompts.tokens, prompts.mask, prompts.known, embeds, past, *limits)
 
 
-def _is_traced(values: Any) -> bool:
-    """Whether any of the values is known only when the program around runs."""
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values))
-
-
 def _output(
     plan: DecodePlan, prompts: Prompts, decoded: Decoded, config: GenerationConfig, watch: Watch
 ) -> GenerateOutput:
     """The sequences, and what else was asked for."""
-    count = plan.max_new_tokens
-    if not isinstance(decoded.length, jax.core.Tracer):
-        count = int(decoded.length)
-    sequences = decoded.tokens[:, :count]
+    is_traced = within_program(decoded)
+    xp = jnp if is_traced else np  # where other numbers of columns compile nothing
+    count = plan.max_new_tokens if is_traced else int(decoded.length)
+    sequences = xp.asarray(decoded.tokens)[:, :count]
     if prompts.given is not None:
-        given = jnp.repeat(jnp.asarray(prompts.given), plan.num_return_sequences, axis=0)
-        sequences = jnp.concatenate([given, sequences], axis=1)
+        given = xp.repeat(xp.asarray(prompts.given), plan.num_return_sequences, axis=0)
+        sequences = xp.concatenate([given, sequences], axis=1)
+    sequences = jnp.asarray(sequences)
     if not config.return_dict_in_generate:
         return GenerateOutput(sequences=sequences)
     cache = decoded.cache

@@ -17,6 +17,9 @@ from opt_core.generation import processors as p
 from opt_flax.generation import sampling
 from opt_flax.generation.state import DecodeState
 
+#: The dtypes of `p.Endings`.
+ENDINGS = (jnp.int32, jnp.int32, jnp.int32, jnp.float32)
+
 
 def guidance(processor: p.Guidance, scores: Array, state: DecodeState) -> Array:
     scores = jax.nn.log_softmax(scores, axis=-1)
@@ -25,7 +28,9 @@ def guidance(processor: p.Guidance, scores: Array, state: DecodeState) -> Array:
 
 
 def sequence_bias(processor: p.SequenceBias, scores: Array, state: DecodeState) -> Array:
-    prefixes, lengths, tokens, biases = processor.endings()
+    prefixes, lengths, tokens, biases = (
+        jnp.array(x, dtype) for x, dtype in zip(processor.endings(), ENDINGS, strict=True)
+    )
     last = _last_tokens(state, prefixes.shape[1])[:, None]  # [B, 1, longest]
     fits = jnp.all((prefixes < 0) | (last == prefixes), axis=-1)  # [B, n]
     counts = jnp.sum(_real(state, state.length), axis=-1, keepdims=True)  # [B, 1]

@@ -13,6 +13,7 @@ from opt_core.generation.plan import DecodePlan
 from opt_core.generation.watching import Watch
 from opt_flax.generation.decode import Noise, Step, repeat, watched
 from opt_flax.generation.processors import process
+from opt_flax.generation.programs import apart
 from opt_flax.generation.state import Decoded, DecodeState
 
 
@@ -40,8 +41,17 @@ def search(
 
 def choose(plan: DecodePlan, state: DecodeState, noise: Noise | None) -> DecodeState:
     """The state with one more column: each row's best token, or a pad where the row has ended."""
+    drawn = None if noise is None else noise(state.step)  # [B, V]
+    # As one program where nothing around it is compiled, unless it holds code of the caller.
+    run = chosen if plan.calls_back else apart(chosen)
+    found = run(plan, replace(state, cache=None, context=None, scores=None), drawn)
+    return replace(found, cache=state.cache, context=state.context)
+
+
+def chosen(plan: DecodePlan, state: DecodeState, drawn: Array | None) -> DecodeState:
+    """`choose`, with the noise of this step."""
     scores = process(plan.processors, state.logits, state)
-    noisy = scores if noise is None else scores + noise(state.step)
+    noisy = scores if drawn is None else scores + drawn
     return append(plan, state, noisy.argmax(-1), scores)
 
 

@@ -202,7 +202,7 @@ def ended(plan: DecodePlan, state: BeamState, best: Beams) -> tuple[Hypotheses, 
     hypotheses = state.hypotheses.merged(found)
     worst = hypotheses.scores[..., 0]  # [B, G]
     highest = averages[..., 0]
-    if strategy.early_stopping == "never" and strategy.length_penalty > 0:
+    if strategy.early_stopping == "never":
         highest = best.scores[..., 0] / tf.cast(rows.limit, tf.float32) ** strategy.length_penalty
     enough = worst > _MINUS_INF
     if strategy.early_stopping is not True:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import tensorflow as tf
@@ -19,6 +18,7 @@ from opt_core.generation.strategies import ContrastiveSearch
 from opt_core.generation.watching import Watch
 from opt_tf.cache import KVCache
 from opt_tf.generation.dola import contrasted, early_logits
+from opt_tf.generation.programs import run_compiled
 from opt_tf.generation.state import DecodeState, Inputs, StepOutput
 from opt_tf.masks import positions_from_mask
 
@@ -40,10 +40,7 @@ def run_model(
     With `layers`, the logits are those of DoLa.
     """
     sees = watch is not None and watch.sees_layers
-    run: Callable[..., Any] = partial(forward, model, sees, layers, last)
-    if tf.executing_eagerly():
-        run = compiled(model, forward, sees, layers, last)
-    output, logits = run(tokens, arguments)
+    output, logits = run_compiled(model, forward, sees, layers, last)(tokens, arguments)
     if watch is not None and sees:
         used = int(output.past_key_values.used)
         watch.ran(output.attentions, output.hidden_states, used)
@@ -73,16 +70,6 @@ def forward(
         early = [output.hidden_states[layer][:, columns] for layer in layers]  # each [B, T, D]
         logits = contrasted(logits, early_logits(model, early))
     return output, logits
-
-
-def compiled(model: Any, function: Callable[..., Any], *key: Any) -> Callable[..., Any]:
-    """A function whose first arguments are the model and the key, compiled once for each of them."""
-    place = (function, *key, len(model.variables))  # LoRA and quantization add variables
-    if place not in model.programs:
-        model.programs[place] = tf.function(
-            partial(function, model, *key), jit_compile=True, autograph=False
-        )
-    return model.programs[place]
 
 
 def prefill(model: Any, plan: DecodePlan, inputs: Inputs, watch: Watch | None) -> StepOutput:

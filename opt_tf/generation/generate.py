@@ -37,7 +37,8 @@ from opt_tf.generation.assisted import assisted_search
 from opt_tf.generation.beam import beam_search
 from opt_tf.generation.constrained import constrained_beam_search
 from opt_tf.generation.contrastive import contrastive_search
-from opt_tf.generation.decode import Noise, compiled, decode_step, first_state, prefill
+from opt_tf.generation.decode import Noise, decode_step, first_state, prefill
+from opt_tf.generation.programs import run_compiled
 from opt_tf.generation.search import search
 from opt_tf.generation.state import Decoded, Inputs
 from opt_tf.outputs import GenerateOutput
@@ -131,7 +132,7 @@ def generate(
         decoded = run(model, wide, inputs, *randomness, watch, hooks.assistant_model)
     else:
         numbers = [tf.constant(x) for x in wide.numbers]
-        decoded = compiled(model, compiled_run, wide.key)(inputs, *randomness, numbers)
+        decoded = run_compiled(model, compiled_run, wide.key)(inputs, *randomness, numbers)
     watch.end()
     return _output(plan, prompts, decoded, config, watch)
 
@@ -149,7 +150,7 @@ def run(
     output = prefill(model, plan, inputs, watch)
     step = decode_step(model, plan, inputs, watch)
     state = first_state(plan, inputs, output)
-    draw = _noise(seed, noise, state.logits.shape)
+    draw = _noise(model, seed, noise, state.logits.shape)
     loop = LOOPS[type(plan.strategy)]
     if assistant is not None:
         own = (assistant, plan, inputs, None)
@@ -228,19 +229,23 @@ def _randomness(
     return tf.constant([seed >> 31, seed & (2**31 - 1)], tf.int64), None
 
 
-def _noise(seed: Tensor | None, noise: Tensor | None, shape: tuple[int, ...]) -> Noise | None:
+def _noise(
+    model: Any, seed: Tensor | None, noise: Tensor | None, shape: tuple[int, ...]
+) -> Noise | None:
     """The Gumbel noise [rows, V] of each step; None where nothing is sampled."""
     if noise is not None:
         return partial(tf.gather, noise)
     if seed is None:
         return None
+    # By XLA wherever it is called, which draws other numbers than a kernel.
+    if tf.executing_eagerly():
+        return partial(run_compiled(model, _gumbel, tuple(shape)), seed)
+    draw = partial(_gumbel, model, tuple(shape))
+    return partial(tf.function(draw, jit_compile=True, autograph=False), seed)
 
-    return partial(_gumbel, tuple(shape), seed)
 
-
-@tf.function(jit_compile=True, autograph=False)
-def _gumbel(shape: tuple[int, ...], seed: Tensor, index: Tensor) -> Tensor:
-    """The noise of a step. Compiled wherever it is called: XLA draws other numbers than a kernel."""
+def _gumbel(model: Any, shape: tuple[int, ...], seed: Tensor, index: Tensor) -> Tensor:
+    """The noise of a step."""
     seed_of_step = tf.random.experimental.stateless_fold_in(seed, index, alg="philox")
     uniform = tf.random.stateless_uniform(shape, seed_of_step, minval=_SMALLEST, alg="philox")
     return -tf.math.log(-tf.math.log(uniform))

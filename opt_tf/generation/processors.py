@@ -17,6 +17,9 @@ from opt_tf.generation.state import DecodeState
 
 _MINUS_INF = float("-inf")
 
+#: The dtypes of `p.Endings`.
+ENDINGS = (tf.int32, tf.int32, tf.int32, tf.float32)
+
 
 def guidance(processor: p.Guidance, scores: Tensor, state: DecodeState) -> Tensor:
     scores = tf.nn.log_softmax(scores, axis=-1)
@@ -25,7 +28,10 @@ def guidance(processor: p.Guidance, scores: Tensor, state: DecodeState) -> Tenso
 
 
 def sequence_bias(processor: p.SequenceBias, scores: Tensor, state: DecodeState) -> Tensor:
-    prefixes, lengths, tokens, biases = (tf.constant(x) for x in processor.endings())
+    prefixes, lengths, tokens, biases = (
+        tf.convert_to_tensor(x, dtype)
+        for x, dtype in zip(processor.endings(), ENDINGS, strict=True)
+    )
     last = _last_tokens(state, prefixes.shape[1])[:, None]  # [B, 1, longest]
     fits = tf.reduce_all((prefixes < 0) | (last == prefixes), axis=-1)  # [B, n]
     counts = tf.reduce_sum(_real(state, state.length), axis=-1, keepdims=True)  # [B, 1]
@@ -151,7 +157,7 @@ def _penalized(scores: Tensor, state: DecodeState, real: Tensor, penalty: float)
 
 def _among(token_ids: tuple[int, ...], scores: Tensor) -> Tensor:
     """Which tokens [V] are among the ids."""
-    places = tf.constant(token_ids)[:, None]
+    places = tf.convert_to_tensor(token_ids)[:, None]
     return tf.scatter_nd(places, tf.ones(len(token_ids)), scores.shape[-1:]) > 0
 
 
@@ -168,8 +174,8 @@ def _forced(scores: Tensor, token_ids: tuple[int, ...], condition: Tensor) -> Te
 
 def is_any_of(tokens: Tensor, token_ids: tuple[int, ...]) -> Tensor:
     """Whether each token is one of the ids."""
-    ids = tf.constant(token_ids, tokens.dtype, (len(token_ids),))
-    return tf.reduce_any(tokens[..., None] == ids, axis=-1)
+    ids = tf.convert_to_tensor(token_ids, tf.int32)  # [any]
+    return tf.reduce_any(tokens[..., None] == tf.cast(ids, tokens.dtype), axis=-1)
 
 
 APPLY: Mapping[type[p.LogitsProcessor], Callable[..., Tensor]] = {

@@ -201,7 +201,7 @@ def ended(plan: DecodePlan, state: BeamState, best: Beams) -> tuple[Hypotheses, 
     hypotheses = state.hypotheses.merged(found)
     worst = hypotheses.scores[..., 0]  # [B, G]
     highest = averages[..., 0]
-    if strategy.early_stopping == "never" and strategy.length_penalty > 0:
+    if strategy.early_stopping == "never":
         highest = best.scores[..., 0] / float(rows.limit) ** strategy.length_penalty
     enough = worst > -torch.inf
     if strategy.early_stopping is not True:

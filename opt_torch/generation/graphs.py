@@ -159,6 +159,11 @@ def recordings_of(model: nn.Module) -> dict[Key, Recording]:
     return _KEPT[model][1]
 
 
+def forget(model: nn.Module) -> None:
+    """Drops the recordings of a model."""
+    _KEPT.pop(model, None)
+
+
 _KEPT: WeakKeyDictionary[nn.Module, tuple[Key, dict[Key, Recording]]] = WeakKeyDictionary()
 
 

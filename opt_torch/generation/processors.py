@@ -15,6 +15,9 @@ from opt_core.generation import processors as p
 from opt_torch.generation import sampling
 from opt_torch.generation.state import DecodeState
 
+#: The dtypes of `p.Endings`.
+ENDINGS = (torch.long, torch.long, torch.long, torch.float32)
+
 
 def guidance(processor: p.Guidance, scores: Tensor, state: DecodeState) -> Tensor:
     scores = torch.log_softmax(scores, dim=-1)
@@ -23,15 +26,15 @@ def guidance(processor: p.Guidance, scores: Tensor, state: DecodeState) -> Tenso
 
 
 def sequence_bias(processor: p.SequenceBias, scores: Tensor, state: DecodeState) -> Tensor:
-    endings = [
-        torch.from_numpy(x).to(scores.device, non_blocking=True) for x in processor.endings()
-    ]
-    prefixes, lengths, tokens, biases = endings
+    prefixes, lengths, tokens, biases = (
+        torch.tensor(x, dtype=dtype).to(scores.device, non_blocking=True)
+        for x, dtype in zip(processor.endings(), ENDINGS, strict=True)
+    )
     last = _last_tokens(state, prefixes.shape[1])[:, None]  # [B, 1, longest]
     fits = torch.all((prefixes < 0) | (last == prefixes), dim=-1)  # [B, n]
     counts = torch.sum(_real(state, state.length), dim=-1, keepdim=True)  # [B, 1]
     values = torch.where(fits & (counts >= lengths), biases, 0.0)
-    return scores + _totals(tokens.long().expand(values.shape), values, scores.shape[-1])
+    return scores + _totals(tokens.expand(values.shape), values, scores.shape[-1])
 
 
 def diversity(processor: p.Diversity, scores: Tensor, state: DecodeState) -> Tensor:

@@ -29,6 +29,7 @@ MAPPING = "TensorFlow and JAX have weights in memory of their own"
 STATE = "parameters live in the modules of torch alone"
 TWO_DTYPES = "parameters in Flax have a dtype beside the computation's"
 CUDA = "torch runs its kernels one by one, and its host asks an accelerator only where it must"
+APART = "what runs on the host is one program, where JAX would compile each operation by itself"
 FLASH = "FlashAttention-2 is told where the real tokens are, which a compiled program cannot see"
 
 #: (backend, file, names) -> why only one of torch and that backend has them; patterns are allowed.
@@ -39,8 +40,14 @@ NAMES: dict[tuple[str, str, str], str] = {
     (
         "tf",
         "generation/decode.py",
-        "compiled _compiled_while",
-    ): "TensorFlow remembers no compiled functions, and its loops no fields that are None",
+        "_compiled_while",
+    ): "TensorFlow's loops have no fields that are None",
+    (
+        "flax",
+        "generation/decode.py",
+        "prompt_positions with_room prompt_columns step_inputs",
+    ): APART,
+    ("flax", "generation/search.py", "chosen"): APART,
     ("tf", "generation/generate.py", "_SMALLEST _gumbel"): "its own draws differ when compiled",
     (
         "tf",
@@ -62,7 +69,6 @@ NAMES: dict[tuple[str, str, str], str] = {
     ("*", "generation/generate.py", "_randomness"): "a graph takes its randomness as an argument",
     ("*", "generation/assisted.py", "_filled"): "few numbers of proposals are compiled",
     ("flax", "generation/generate.py", "_array"): "numpy reads arrays of JAX as they are",
-    ("flax", "generation/generate.py", "_is_traced"): GRAPH,
     ("tf", "heads.py", "*.compute_logits"): "a tied head has no layer of its own",
     (
         "tf",
@@ -196,10 +202,12 @@ TORCH = [
 TWINS = [(backend, file) for backend in ("tf", "flax") for file in TORCH]
 #: Files of torch's own: the vendor's kernels, CUDA graphs, weights that stay in files, and accelerate.
 TORCH_ONLY = {"flash.py", "generation/graphs.py", "mapping.py", "offload.py"}
+#: What XLA compiles, and each framework keeps in its own way.
+COMPILED = "generation/programs.py"
 #: Files of one backend for what the other frameworks have built in.
 OWN_FILES: dict[str, set[str]] = {
-    "tf": {"_keras.py", "adapters.py", "export.py", "inputs.py", "training.py", *PARTS},
-    "flax": PARTS,
+    "tf": {"_keras.py", "adapters.py", "export.py", "inputs.py", "training.py", COMPILED, *PARTS},
+    "flax": {COMPILED, *PARTS},
 }
 
 

@@ -69,11 +69,42 @@ def test_numbers_are_no_part_of_the_key() -> None:
     first = plan(**NUMBERS, top_k=7)
     other = {name: value * 1.01 for name, value in NUMBERS.items() if isinstance(value, float)}
     second = plan(**{**NUMBERS, **other, "min_length": 7, "min_new_tokens": 3}, top_k=7)
-    assert first.numbers == tuple(v for name, v in NUMBERS.items() if name != "do_sample")
-    assert not {*first.numbers} & {*second.numbers}
+    ends = plan(do_sample=True).numbers  # of sequences, and what follows them
+    numbers = [v for name, v in NUMBERS.items() if name != "do_sample"]
+    numbers[3:5] = [numbers[3], ends[0], numbers[4], ends[0]]  # which must not come yet
+    assert first.numbers == (*ends, *numbers)
+    assert {*first.numbers} & {*second.numbers} == {*ends, 2}
     assert first != second and first.key == second.key and hash(first.key) == hash(second.key)
     assert first.key.with_numbers(second.numbers) == second
     assert plan(**NUMBERS, top_k=8).key != first.key  # which is a shape
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shaped"),
+    [
+        ({"eos_token_id": 2}, {"eos_token_id": 5}, {"eos_token_id": [2, 5]}),
+        ({"pad_token_id": 1}, {"pad_token_id": 0}, {}),
+        ({"suppress_tokens": [4]}, {"suppress_tokens": [5]}, {"suppress_tokens": [4, 5]}),
+        ({"bad_words_ids": [[4, 5]]}, {"bad_words_ids": [[6, 7]]}, {"bad_words_ids": [[4]]}),
+        ({"sequence_bias": {(4, 5): 1.0}}, {"sequence_bias": {(5, 6): 2.0}}, {}),
+        ({"forced_eos_token_id": 2}, {"forced_eos_token_id": 3}, {}),
+        ({"forced_bos_token_id": 2}, {"forced_bos_token_id": 3}, {}),
+        ({"forced_decoder_ids": [(1, 4)]}, {"forced_decoder_ids": [(2, 5)]}, {}),
+        ({"begin_suppress_tokens": [4]}, {"begin_suppress_tokens": [6]}, {}),
+        ({"length_penalty": 0.5}, {"length_penalty": 2.0}, {}),
+        ({"penalty_alpha": 0.5, "top_k": 4}, {"penalty_alpha": 0.7, "top_k": 4}, {}),
+    ],
+)
+def test_ids_and_weights_are_no_part_of_the_key(
+    one: dict[str, Any], other: dict[str, Any], shaped: dict[str, Any]
+) -> None:
+    """How many there are is: they are told to the same loop."""
+    beams = {"num_beams": 2} if "length_penalty" in one else {}
+    first, second = plan(**one, **beams), plan(**other, **beams)
+    assert first != second and first.key == second.key
+    assert first.key.with_numbers(second.numbers) == second
+    if shaped:
+        assert plan(**shaped).key != first.key
 
 
 # --- strategies -----------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import pytest
 
 from opt_core import InputError, UnsupportedError
 from opt_flax import FlaxOPTForCausalLM, KVCache
-from opt_flax.generation.generate import compiled_run
 from tests.backends.base import CPU_KERNELS
 from tests.cases import GOLDEN
 
@@ -121,10 +120,10 @@ def test_init_cache_draws_nothing(model):
 @one_model
 def test_a_second_generate_compiles_nothing(model, ids):
     first = model.generate(ids, max_new_tokens=4, eos_token_id=None).sequences
-    compiled = compiled_run._cache_size()
+    compiled = len(model.programs)
     twin = FlaxOPTForCausalLM(model.config, _do_init=False)
     second = twin.generate(ids, params=model.params, max_new_tokens=4, eos_token_id=None).sequences
-    assert compiled_run._cache_size() == compiled
+    assert len(model.programs) == compiled
     assert first.dtype == jnp.int32 and (first == second).all()
 
 
@@ -146,7 +145,7 @@ def test_lengths_and_paddings_share_a_compilation(model, strategy):
     for length, count, left, right in ((2, 3, 0, 0), (5, 3, 1, 0), (9, 4, 0, 1), (9, 17, 0, 0)):
         prompt = [[1] * left + row[:length] + [1] * right]
         model.generate(prompt, max_new_tokens=count, **options)
-        sizes.add(compiled_run._cache_size())
+        sizes.add(len(model.programs))
     assert len(sizes) == 1
 
 
@@ -254,6 +253,6 @@ def test_numbers_share_a_compilation(model):
             min_new_tokens=1 + count,
             **sampling,
         )
-        sizes.add(compiled_run._cache_size())
+        sizes.add(len(model.programs))
         drawn.add(tuple(found.sequences[0].tolist()))
     assert len(sizes) == 1 and len(drawn) > 1

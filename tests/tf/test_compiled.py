@@ -150,7 +150,7 @@ def test_gradients_in_eager_graph_and_xla():
 
 def traces(model):
     """How often each compiled function of `generate` was traced."""
-    return [function.experimental_get_tracing_count() for function in model.programs.values()]
+    return [program.function.experimental_get_tracing_count() for program in model.programs]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
