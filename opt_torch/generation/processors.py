@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from opt_core.generation import processors as p
 from opt_torch.generation import sampling
-from opt_torch.generation.state import DecodeState
+from opt_torch.generation.state import DecodeState, sent
 
 
 def guidance(processor: p.Guidance, scores: Tensor, state: DecodeState) -> Tensor:
@@ -23,10 +24,7 @@ def guidance(processor: p.Guidance, scores: Tensor, state: DecodeState) -> Tenso
 
 
 def sequence_bias(processor: p.SequenceBias, scores: Tensor, state: DecodeState) -> Tensor:
-    endings = [
-        torch.from_numpy(x).to(scores.device, non_blocking=True) for x in processor.endings()
-    ]
-    prefixes, lengths, tokens, biases = endings
+    prefixes, lengths, tokens, biases = (sent(x, scores.device) for x in processor.endings())
     last = _last_tokens(state, prefixes.shape[1])[:, None]  # [B, 1, longest]
     fits = torch.all((prefixes < 0) | (last == prefixes), dim=-1)  # [B, n]
     counts = torch.sum(_real(state, state.length), dim=-1, keepdim=True)  # [B, 1]
@@ -81,7 +79,7 @@ def prefix_allowed(processor: p.PrefixAllowed, scores: Tensor, state: DecodeStat
     tokens, mask = state.tokens[:, : state.length], state.mask[:, : state.length]
     rows = [tokens[row][mask[row] > 0] for row in range(len(tokens))]
     allowed = [processor.allowed(i, row, scores.shape[-1]) for i, row in enumerate(rows)]
-    is_allowed = torch.stack([torch.from_numpy(row) for row in allowed]).to(scores.device)
+    is_allowed = sent(np.stack(allowed), scores.device)
     return torch.where(is_allowed, scores, -torch.inf)
 
 
@@ -153,8 +151,7 @@ def _penalized(scores: Tensor, state: DecodeState, real: Tensor, penalty: float)
 def _among(token_ids: tuple[int, ...], scores: Tensor) -> Tensor:
     """Which tokens [V] are among the ids."""
     found = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
-    ids = torch.tensor(token_ids, dtype=torch.long).to(scores.device, non_blocking=True)
-    return found.index_fill(0, ids, True)
+    return found.index_fill(0, sent(np.array(token_ids, np.int64), scores.device), True)
 
 
 def _forbidden(scores: Tensor, token_ids: tuple[int, ...], condition: bool) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 
 from examples import sums
+from examples.training import shuffled
 from opt_core.assets import TINY_SUMS
-from opt_core.assets.sums import encode_problems, problems
+from opt_core.assets.sums import TrainingData, encode_problems, problems
+from opt_core.inputs import IGNORED_LABEL
 from opt_core.tokenizer import OPTTokenizer
 from tests.backends.base import Backend
 from tests.cases import GOLDEN, bits, case
@@ -66,6 +69,43 @@ def test_a_stop_after_any_step_leaves_no_trace(
         found = [trainer.train(IDS[step], LABELS[step]) for step in range(stop, STEPS)]
         assert found == losses[stop:]
         assert bits(backend.canonical_weights(trainer.model)) == expected
+
+
+def gradients(trainer: Any, backend: str) -> np.ndarray:
+    """Those that the optimizer has seen, or their mean over the steps."""
+    if backend == "torch":
+        found = [p.grad for p in trainer.model.parameters()]
+    elif backend == "tf":
+        found = [v for v in trainer.optimizer.variables if "_momentum" in v.path]
+    else:
+        import jax
+        import optax
+
+        found = jax.tree.leaves(optax.tree_utils.tree_get(trainer.moments, "mu"))
+    return np.concatenate([np.asarray(x).ravel() for x in found])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_weigh_as_many_labels_as_count(
+    backend: Backend, script: Any, tmp_path: Path, parts: int
+) -> None:
+    """In one part all, in others few, in another none: losses and gradients are the whole batch's."""
+    ids = np.random.default_rng(0).integers(3, 90, (8, 7))
+    counts = np.zeros(8, int)
+    counts[shuffled(8, 0, 0)] = [6, 6, 5, 1, 1, 1, 0, 0]  # as the first batch has them
+    labels = np.where(np.arange(7) > 6 - counts[:, None], ids, IGNORED_LABEL)
+    found = []
+    for number in (1, parts):
+        model = backend.load(case("pre_norm").folder, dropout=0.0)
+        trainer = script.Trainer(model, 1e-3, 2, parts=number)
+        given = {"batch_size": 8, "seed": 0, "steps": 2, "save_every": 9, "resume": False}
+        options = Namespace(**given, output=tmp_path / str(number))
+        script.learn(trainer, TrainingData(ids, labels), options, dict)
+        losses = [line["loss"] for line in log_of(options.output)]
+        found.append((losses, gradients(trainer, backend.name)))
+    (expected, whole), (losses, summed) = found
+    assert losses == pytest.approx(expected, rel=1e-5) and len(losses) == 2
+    assert np.linalg.norm(summed - whole) <= 1e-5 * np.linalg.norm(whole)
 
 
 @pytest.fixture

@@ -26,16 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 NAME = "pretend"
 torch.utils.rename_privateuse1_backend(NAME)
-torch._register_device_module(
-    NAME,
-    SimpleNamespace(  # what PyTorch asks of it; the CPU's generator is its own
-        _lazy_init=lambda: None,
-        is_available=lambda: True,
-        _is_in_bad_fork=lambda: False,
-        manual_seed_all=lambda seed: None,
-        get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16],
-    ),
-)
 DEVICE = torch.device(NAME, 0)
 CPU = torch.device("cpu")
 
@@ -45,6 +35,17 @@ INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 INDEXING |= {aten._index_put_impl_.default, aten._unsafe_index.Tensor}
 #: The host must know what comes out, or how much.
 WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+#: What PyTorch asks of `torch.pretend`: it is not available but while it is pretended, or compilers
+#: would reckon with it. Its generator is the CPU's own.
+MODULE = SimpleNamespace(
+    _lazy_init=lambda: None,
+    is_available=lambda: False,
+    _is_in_bad_fork=lambda: False,
+    manual_seed_all=lambda seed: None,
+    get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16],
+)
+torch._register_device_module(NAME, MODULE)
 
 PlainGenerator = torch.Generator
 
@@ -78,7 +79,8 @@ class Pretence(TorchDispatchMode):
 
     Attributes:
         reads: how often the host waited for values of the device.
-        sends: how often it waited until values of its own were there.
+        sends: how often it waited until values of its own were there: not if they were sent with
+            `non_blocking=True`.
     """
 
     def __init__(self) -> None:
@@ -107,14 +109,14 @@ class Pretence(TorchDispatchMode):
                 self._memory[storage._cdata] = StorageWeakRef(storage)
         return value
 
-    def copied(self, tensor: Tensor, here: bool) -> Tensor:
-        """A tensor on the device, or on the CPU."""
+    def copied(self, tensor: Tensor, here: bool, waits: bool = True) -> Tensor:
+        """A tensor on the device, or on the CPU; reading always waits."""
         self._silent = True
         try:
             copy = tensor.detach().clone()
         finally:
             self._silent = False
-        self.sends, self.reads = self.sends + here, self.reads + (not here)
+        self.sends, self.reads = self.sends + (here and waits), self.reads + (not here)
         return self.keep(copy) if here else copy
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -186,13 +188,13 @@ class Move(Function):
     """A copy on the other device; gradients go back."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, pretence: Pretence, here: bool) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, pretence: Pretence, here: bool, waits: bool) -> Tensor:
         ctx.pretence, ctx.here = pretence, here
-        return pretence.copied(tensor, here)
+        return pretence.copied(tensor, here, waits)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.pretence.copied(gradient, not ctx.here), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.pretence.copied(gradient, not ctx.here), None, None, None
 
 
 class Generator(torch.Generator):
@@ -211,16 +213,19 @@ def _changes(pretence: Pretence) -> dict[tuple[Any, str], Any]:
     groups = torch._C._group_tensors_by_device_and_dtype
 
     def moved(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        for given in args:  # the rest says whether to wait
+        for given in args:
             if isinstance(given, Tensor):
                 kwargs |= {"device": given.device, "dtype": given.dtype}
             elif isinstance(given, torch.dtype):
                 kwargs["dtype"] = given
             elif isinstance(given, str | torch.device):
                 kwargs["device"] = given
+            elif isinstance(given, bool):  # the first of two, and nobody here gives the other
+                kwargs["non_blocking"] = given
         found, kind = self, torch.device(kwargs.pop("device", None) or self.device).type
         if {self.device.type, kind} == {"cpu", NAME}:
-            found = Move.apply(self, pretence, kind == NAME)
+            waits = not kwargs.pop("non_blocking", False)
+            found = Move.apply(self, pretence, kind == NAME, waits)
         elif kind != self.device.type:
             kwargs["device"] = kind
         return to(found, **kwargs) if kwargs else found
@@ -277,6 +282,7 @@ def pretended() -> Iterator[Pretence]:
     """A machine with the device, within this block."""
     pretence = Pretence()
     with ExitStack() as stack:
+        stack.enter_context(patch.object(MODULE, "is_available", lambda: True))
         for (owner, name), value in _changes(pretence).items():
             stack.enter_context(patch.object(owner, name, value))
         stack.enter_context(Calls(pretence))

@@ -503,10 +503,77 @@ def test_prompts_may_lie_on_the_cpu(device: Pretence) -> None:
     assert there.generate(max_new_tokens=2).device == DEVICE
 
 
-#: Waits for each new token: reads, and copies to the device; and those of a whole call besides.
-WAITS: dict[str, tuple[float, float]] = {}
+
+#: For how many values the host waits, for each new token and once: the prompts and their mask, and
+#: when all rows have ended; with the options that it is so for.
+EVERY = 1 / 16  # search.PATIENCE
+WAITS: dict[str, tuple[dict[str, Any], float, int]] = {
+    "greedy": ({}, EVERY, 3),
+    "sampling": ({"do_sample": True, "seed": 1, "top_k": 20, "top_p": 0.9}, EVERY, 3),
+    "layers": ({"dola_layers": [0]}, EVERY, 3),
+    "guided": ({"guidance_scale": 1.5}, EVERY, 3),
+    "processors": (
+        {
+            "suppress_tokens": [0, 9, 10],
+            "bad_words_ids": [[5], [6, 7]],
+            "sequence_bias": {(8,): 2.0},
+            "no_repeat_ngram_size": 2,
+            "repetition_penalty": 1.3,
+            "min_new_tokens": 16,
+            "exponential_decay_length_penalty": (2, 1.0),
+            "eos_token_id": 0,
+        },
+        EVERY,
+        3,
+    ),
+    "a processor": ({"logits_processor": [lambda ids, scores: scores.flip(-1)]}, EVERY, 3),
+    "beams": ({"num_beams": 3}, 1, 3),
+    "sampled beams": ({"num_beams": 3, "do_sample": True, "seed": 1}, 1, 3),
+    "groups": ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}, 1, 3),
+    "contrastive": ({"penalty_alpha": 0.6, "top_k": 3}, 1, 3),
+    "words": ({"force_words_ids": [[5, 6]], "num_beams": 3}, 1, 5),
+    "recorded": ({"return_dict_in_generate": True, "output_scores": True}, 1, 2),
+    "streamed": ({"streamer": Told()}, 2, 2),
+    "a criterion": ({"stopping_criteria": [lambda ids, scores: False]}, 1, 2),
+    "prefixes": ({"prefix_allowed_tokens_fn": lambda row, ids: [1, 2, 3, 4]}, 2 + EVERY, 3),
+}
 
 
-@pytest.mark.parametrize("name", WAITS)
-def test_waits_of_decoding(name: str, device: Pretence, recorder: Recorder) -> None:
-    """From 16 tokens to 48."""
+def small_model() -> OPTForCausalLM:
+    torch.manual_seed(0)
+    return OPTForCausalLM(OPTConfig(**SMALL).replace(num_hidden_layers=1)).eval().to(DEVICE)
+
+
+def prompts() -> dict[str, Tensor]:
+    return {"input_ids": IDS.to(DEVICE) % 50 + 3, "attention_mask": MASK.to(DEVICE)}
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [*((name, None) for name in WAITS), ("greedy", "static"), ("contrastive", "static")],
+)
+def test_waits(name: str, cache: str | None, device: Pretence, recorder: Recorder) -> None:
+    """Of 16 and of 32 tokens: the host sends what it has without waiting, and reads no more than this."""
+    there, given = small_model(), prompts()
+    options, each, once = WAITS[name]
+    options = {"eos_token_id": None, **options, "cache_implementation": cache}
+    counts = []
+    for count in (16, 32):
+        device.reads = device.sends = 0
+        found = there.generate(**given, max_new_tokens=count, **options)
+        found = found if isinstance(found, Tensor) else found.sequences
+        assert found.shape[1] == IDS.shape[1] + count
+        assert device.sends == 0
+        counts.append(device.reads)
+    assert counts == [16 * each + once, 32 * each + once]
+
+
+@pytest.mark.parametrize("how", ["lookup", "assistant"])
+def test_waits_for_proposals(how: str, device: Pretence) -> None:
+    """Each row by itself: for its tokens, to look them up; and for each new one, which may end the row."""
+    there, given, count = small_model(), prompts(), 16
+    options = {"lookup": {"prompt_lookup_num_tokens": 3}, "assistant": {"assistant_model": there}}
+    device.reads = device.sends = 0
+    found = there.generate(**given, max_new_tokens=count, eos_token_id=None, **options[how])
+    assert found.shape[1] == IDS.shape[1] + count and device.sends == 0
+    assert device.reads <= 2 * 2 * count + 5
