@@ -104,13 +104,13 @@ def parts_of(parts: int, input_ids: Array, labels: Array) -> Iterator[tuple[Arra
     """
     counts = [(part[:, 1:] != IGNORED_LABEL).sum() for part in np.split(labels, parts)]
     total = max(1, sum(counts))
-    for ids, targets, count in zip(
+    for ids, targets, own in zip(
         np.split(input_ids, parts), np.split(labels, parts), counts, strict=True
     ):
-        if not count:
+        if not own:
             targets = targets.copy()
             targets[0, 1] = ids[0, 1]
-        yield ids, targets, float(count / total)
+        yield ids, targets, float(own / total)
 
 
 def right_rows(chosen: Array, labels: Array) -> int:

@@ -73,7 +73,9 @@ class PackedWeight:
         self.packed = PACK(weight, batch_size)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.compiler.is_compiling():  # the compiler is there: as a decorator, this would load it
+        if (
+            torch.compiler.is_compiling()
+        ):  # the compiler is there: as a decorator, this would load it
             untraced = torch.compiler.disable(self._multiply, reason="packed: call model.train()")
             return untraced(x, bias)
         return self._multiply(x, bias)

@@ -88,7 +88,8 @@ def _check(
 ) -> tuple[DecodeState, int, bool]:
     """Runs the last token and the proposals [1, any].
 
-    Returns the state, how many were right, and whether the row has ended. The column after them is the model's own; the cache is cut back to the columns before it.
+    The column after them is the model's own; the cache is cut back to the columns before it. Returns
+    the state, how many were right, and whether the row has ended.
     """
     last = state.tokens[:, state.length - 1 : state.length]
     output = step(torch.cat([last, proposals], dim=1), state.cache)

@@ -205,12 +205,13 @@ class Generator(torch.Generator):
         return super().__new__(cls, "cpu") if of_the_device else PlainGenerator(device)
 
 
-def _changes(pretence: Pretence) -> dict[tuple[Any, str], Any]:
-    """What PyTorch asks its own device for beneath the dispatcher: attributes that stand in for it."""
-    to, numpy, deepcopy = map(plainly, (Tensor.to, Tensor.numpy, Tensor.__deepcopy__))
-    tolist, array = map(plainly, (Tensor.tolist, Tensor.__array__))
-    tensor, as_tensor = map(plainly, (torch.tensor, torch.as_tensor))
-    groups = torch._C._group_tensors_by_device_and_dtype
+#: Attributes that stand in for PyTorch's own, which ask a device beneath the dispatcher.
+Changes = dict[tuple[Any, str], Any]
+
+
+def _mover(pretence: Pretence) -> Callable[..., Tensor]:
+    """`Tensor.to`."""
+    to = plainly(Tensor.to)
 
     def moved(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for given in args:
@@ -230,6 +231,14 @@ def _changes(pretence: Pretence) -> dict[tuple[Any, str], Any]:
             kwargs["device"] = kind
         return to(found, **kwargs) if kwargs else found
 
+    return moved
+
+
+def _methods(pretence: Pretence) -> Changes:
+    """Those of tensors."""
+    moved, deepcopy = _mover(pretence), plainly(Tensor.__deepcopy__)
+    tolist, numpy, array = map(plainly, (Tensor.tolist, Tensor.numpy, Tensor.__array__))
+
     def on_the_host(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Tensor, *args: Any, **kwargs: Any) -> Any:
             if pretence.holds(self):
@@ -243,18 +252,6 @@ def _changes(pretence: Pretence) -> dict[tuple[Any, str], Any]:
     def copied(self: Tensor, memo: Any) -> Any:
         copy = deepcopy(self, memo)
         return pretence.keep(copy) if pretence.holds(self) else copy
-
-    def new(data: Any, *, device: Any = None, **options: Any) -> Tensor:
-        made = tensor(data, **options)
-        return made if device is None else made.to(device)
-
-    def as_new(data: Any, dtype: Any = None, device: Any = None) -> Tensor:
-        made = data if isinstance(data, Tensor) else as_tensor(data)
-        return made.to(device or made.device, dtype)
-
-    def grouped(lists: Any, with_indices: bool = False) -> Any:
-        found = groups(lists, with_indices)  # by device and dtype
-        return {(v[0][0][0].device, dtype): v for (_, dtype), v in found.items()}
 
     def at(name: str, here: Any) -> property:
         plain = plainly(getattr(torch._C.TensorBase, name).__get__)
@@ -270,10 +267,31 @@ def _changes(pretence: Pretence) -> dict[tuple[Any, str], Any]:
         (Tensor, "__array__"): on_the_host(array),
         (Tensor, "__deepcopy__"): copied,
         (Tensor, "backward"): torch.autograd.backward,  # no call: it runs the model's code too
-        (torch._C, "_group_tensors_by_device_and_dtype"): grouped,
+    }
+
+
+def _functions() -> Changes:
+    """Those that make tensors."""
+    tensor, as_tensor = map(plainly, (torch.tensor, torch.as_tensor))
+    groups = torch._C._group_tensors_by_device_and_dtype
+
+    def new(data: Any, *, device: Any = None, **options: Any) -> Tensor:
+        made = tensor(data, **options)
+        return made if device is None else made.to(device)
+
+    def as_new(data: Any, dtype: Any = None, device: Any = None) -> Tensor:
+        made = data if isinstance(data, Tensor) else as_tensor(data)
+        return made.to(device or made.device, dtype)
+
+    def grouped(lists: Any, with_indices: bool = False) -> Any:
+        found = groups(lists, with_indices)  # by device and dtype
+        return {(v[0][0][0].device, dtype): v for (_, dtype), v in found.items()}
+
+    return {
         (torch, "tensor"): new,
         (torch, "as_tensor"): as_new,
         (torch, "Generator"): Generator,
+        (torch._C, "_group_tensors_by_device_and_dtype"): grouped,
     }
 
 
@@ -283,7 +301,7 @@ def pretended() -> Iterator[Pretence]:
     pretence = Pretence()
     with ExitStack() as stack:
         stack.enter_context(patch.object(MODULE, "is_available", lambda: True))
-        for (owner, name), value in _changes(pretence).items():
+        for (owner, name), value in {**_methods(pretence), **_functions()}.items():
             stack.enter_context(patch.object(owner, name, value))
         stack.enter_context(Calls(pretence))
         stack.enter_context(pretence)

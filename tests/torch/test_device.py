@@ -27,7 +27,7 @@ from opt_torch import (
 from opt_torch.generation import graphs
 from tests.cases import case
 from tests.torch.pretended import DEVICE, NAME, Generator, Pretence, pretended
-from tests.torch.test_flash import here, vendor  # noqa: F401: fixtures
+from tests.torch.test_flash import here, vendor  # noqa: F401
 from tests.torch.test_graphs import Recorder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*initialised anew", "ignore:.*said once")
@@ -67,7 +67,7 @@ def tensors(value: Any) -> list[Tensor]:
     if isinstance(value, KVCache):
         value = [*value]
     elif hasattr(value, "keys"):
-        value = [value[name] for name in value.keys()]
+        value = [value[name] for name in value]
     if isinstance(value, tuple | list):
         return [tensor for each in value for tensor in tensors(each)]
     return [value] if isinstance(value, Tensor) else []
@@ -86,14 +86,14 @@ def assert_same(found: Any, expected: Any, error: float = 1e-6) -> None:
 
 
 def test_mixed_devices_are_an_error(device: Pretence) -> None:
-    there, here = torch.arange(4, device=NAME), torch.arange(4)
-    assert (there + 1)[1:].device == there.device == DEVICE and here.device.type == "cpu"
+    there, cpu = torch.arange(4, device=NAME), torch.arange(4)
+    assert (there + 1)[1:].device == there.device == DEVICE and cpu.device.type == "cpu"
     for mixes in (
-        lambda: there + here,
-        lambda: torch.cat([there, here]),
-        lambda: here[there],
-        lambda: torch.where(there > 1, there, here),
-        lambda: here.add_(there),
+        lambda: there + cpu,
+        lambda: torch.cat([there, cpu]),
+        lambda: cpu[there],
+        lambda: torch.where(there > 1, there, cpu),
+        lambda: cpu.add_(there),
     ):
         with pytest.raises(RuntimeError, match="expected all tensors on one device, found pretend"):
             mixes()
@@ -225,7 +225,9 @@ def test_caches(kernel: str, device: Pretence, kernels: None) -> None:
                 put: Any = moved if model is there else lambda value: value
                 past = None if kind in ("growing", "pairs") else model.init_cache(2, 10)
                 if kind == "static":
-                    past = KVCache(past.layers, torch.zeros((), dtype=torch.long, device=model.device))
+                    past = KVCache(
+                        past.layers, torch.zeros((), dtype=torch.long, device=model.device)
+                    )
                 found = []
                 for start, end in ((0, 4), (4, 6), (6, 7)):
                     given = {} if mask is None else {"attention_mask": put(mask[:, :end])}
@@ -273,7 +275,9 @@ def test_dropout_and_layerdrop(device: Pretence) -> None:
         torch.manual_seed(3)
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
-        gradients.append({n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+        )
         model.gradient_checkpointing_enable()
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
@@ -293,7 +297,9 @@ def test_there_and_back(device: Pretence, tmp_path: Path) -> None:
     there = OPTForCausalLM.from_pretrained(case("pre_norm").folder).to(NAME)
     mapped = OPTForCausalLM.from_pretrained(case("pre_norm").folder, device_map=NAME)
     for number, model in enumerate((there, mapped, moved(plain))):
-        assert model.device == DEVICE and model.lm_head.weight is model.get_input_embeddings().weight
+        assert (
+            model.device == DEVICE and model.lm_head.weight is model.get_input_embeddings().weight
+        )
         for safe in (True, False):
             folder = tmp_path / f"{number}-{safe}"
             model.save_pretrained(folder, safe_serialization=safe)
@@ -317,7 +323,11 @@ def test_states_and_dtypes(device: Pretence, tmp_path: Path) -> None:
     assert all(map(torch.equal, read.values(), plain.state_dict().values()))
     assert_same(moved(there.eval())(IDS.to(DEVICE)), plain(IDS))
     there.prepare_for_decoding(batch_size=8)  # which packs nothing there
-    assert all(module.decoding_weight is None for module in there.modules() if hasattr(module, "decoding_weight"))
+    assert all(
+        module.decoding_weight is None
+        for module in there.modules()
+        if hasattr(module, "decoding_weight")
+    )
 
 
 @pytest.mark.parametrize("name", ["pre_norm", "untied_gelu"])
@@ -371,7 +381,13 @@ def hooks(*names: str) -> Callable[[Told], dict[str, Any]]:
 NEW = 6
 DECODING: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "sampling": {"do_sample": True, "seed": 3, "top_k": 20, "top_p": 0.9, "num_return_sequences": 2},
+    "sampling": {
+        "do_sample": True,
+        "seed": 3,
+        "top_k": 20,
+        "top_p": 0.9,
+        "num_return_sequences": 2,
+    },
     "noise": {"do_sample": True, "noise": torch.linspace(0, 3, NEW * 2 * 103).reshape(NEW, 2, 103)},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "sampled beams": {"num_beams": 3, "do_sample": True, "seed": 3},
@@ -417,7 +433,10 @@ DECODING: dict[str, dict[str, Any]] = {
     },
     "no mask": {"attention_mask": None},
     "on the right": {"attention_mask": RIGHT},
-    "embeds": {"inputs_embeds": torch.linspace(-1, 1, 2 * 7 * 24).reshape(2, 7, 24), "input_ids": None},
+    "embeds": {
+        "inputs_embeds": torch.linspace(-1, 1, 2 * 7 * 24).reshape(2, 7, 24),
+        "input_ids": None,
+    },
     "past": {"past_key_values": 4, "attention_mask": None},
 }
 RECORDED = {
@@ -443,7 +462,9 @@ def generate(model: Any, put: Callable[[Any], Any], options: dict[str, Any]) -> 
     given = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": NEW, **options}
     if "past_key_values" in given:
         given["past_key_values"] = model(put(IDS[:, : given["past_key_values"]])).past_key_values
-    return model.generate(**put({name: value for name, value in given.items() if value is not None}))
+    return model.generate(
+        **put({name: value for name, value in given.items() if value is not None})
+    )
 
 
 @pytest.mark.parametrize("name", DECODING)
@@ -470,7 +491,9 @@ def test_decoding(name: str, device: Pretence, recorder: Recorder) -> None:
 @pytest.mark.parametrize("name", ["greedy", "beams", "contrastive"])
 def test_decoding_by_each_kernel(name: str, kernel: str, device: Pretence, kernels: None) -> None:
     plain = load(OPTForCausalLM, kernel)
-    assert_same(*(generate(m, p, DECODING[name]) for m, p in ((moved(plain), moved), (plain, lambda x: x))))
+    assert_same(
+        *(generate(m, p, DECODING[name]) for m, p in ((moved(plain), moved), (plain, lambda x: x)))
+    )
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -488,7 +511,9 @@ def test_hooks(beams: int, device: Pretence) -> None:
         assert told[0].seen == told[1].seen
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 1}, {"guidance_scale": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True, "seed": 1}, {"guidance_scale": 1.5}], ids=str
+)
 def test_an_assistant(options: dict[str, Any], device: Pretence) -> None:
     plain, small = load(OPTForCausalLM), OPTForCausalLM.from_pretrained(case("post_norm").folder)
     small = OPTForCausalLM(plain.config.replace(num_hidden_layers=1)).eval()
@@ -501,7 +526,6 @@ def test_prompts_may_lie_on_the_cpu(device: Pretence) -> None:
     found = there.generate(IDS, attention_mask=MASK, max_new_tokens=NEW)
     assert found.device == DEVICE and found.tolist() == generate(there, moved, {}).tolist()
     assert there.generate(max_new_tokens=2).device == DEVICE
-
 
 
 #: For how many values the host waits, for each new token and once: the prompts and their mask, and
