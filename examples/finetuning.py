@@ -122,7 +122,7 @@ def measured(run: Run, data: Rows, batch_size: int) -> dict[str, float]:
         of_batch, chosen = run(ids, labels)
         counts = labels[:, 1:] != IGNORED_LABEL
         counted += counts.sum()
-        loss += of_batch * counts.sum()
+        loss += of_batch * counts.sum() if counts.any() else 0.0  # a mean of nothing is none
         tokens += ((chosen[:, :-1] == labels[:, 1:]) & counts).sum()
         rows += right_rows(chosen[: end - start], labels[: end - start])
     return {

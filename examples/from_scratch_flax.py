@@ -29,6 +29,7 @@ from examples.training import (
     Array,
     argument_parser,
     learn,
+    parts_of,
     warmup,
 )
 from opt_core.files import atomic_write
@@ -66,7 +67,7 @@ class Trainer:
 
     def train(self, input_ids: Array, labels: Array) -> float:
         """One step of AdamW; the loss before it."""
-        batch = [np.reshape(a, (self.parts, -1, a.shape[1])) for a in (input_ids, labels)]
+        batch = map(np.stack, zip(*parts_of(self.parts, input_ids, labels), strict=True))
         self.model.params, self.moments, loss = self._train(
             self.model.params, self.moments, self.random, self.step, *batch
         )
@@ -75,12 +76,20 @@ class Trainer:
 
     @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
     def _train(
-        self, params: Any, moments: Any, random: Any, step: int, input_ids: Any, labels: Any
+        self,
+        params: Any,
+        moments: Any,
+        random: Any,
+        step: int,
+        input_ids: Any,
+        labels: Any,
+        shares: Any,
     ) -> tuple[Any, Any, Any]:
         """The parameters and moments after a step, whose memory is that of those before; the loss.
 
         Args:
             input_ids, labels: [parts, B, T].
+            shares: [parts], of the loss.
         """
         key = jax.random.fold_in(jax.random.wrap_key_data(random), step)
 
@@ -88,11 +97,12 @@ class Trainer:
             return self.model(ids, labels=targets, params=params, dropout_rng=key, train=True).loss
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
-            found = jax.value_and_grad(loss_of)(params, *part)
-            return jax.tree.map(lambda a, b: a + b / self.parts, total, found), None
+            *batch, share = part
+            found = jax.value_and_grad(loss_of)(params, *batch)
+            return jax.tree.map(lambda a, b: a + b * share, total, found), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-        each = (input_ids, labels, jax.random.split(key, self.parts))
+        each = (input_ids, labels, jax.random.split(key, self.parts), shares)
         (loss, gradients), _ = jax.lax.scan(add, zeros, each)
         updates, moments = self.optimizer.update(gradients, moments, params)
         return optax.apply_updates(params, updates), moments, loss

@@ -12,7 +12,8 @@ from __future__ import annotations
 import io
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,16 @@ class Trainer:
 
     def train(self, input_ids: Array, labels: Array) -> float:
         """One step of AdamW, as each of `fit`; the loss before it."""
-        total = 0.0
-        for ids, targets in parts_of(self.parts, input_ids, labels):
-            loss = self.model.train_on_batch({"input_ids": ids, "labels": targets})
-            total += float(loss) / self.parts
-        return total
+        losses = [self.model.train_on_batch(*part) for part in self.parts_of(input_ids, labels)]
+        return float(np.mean(losses))
+
+    def parts_of(self, input_ids: Array, labels: Array) -> Iterator[tuple[Any, Array, Array]]:
+        """Inputs, targets and weights of a batch's parts, as `fit` takes them.
+
+        Keras takes the mean of the parts, so each is weighed with its share of their sum.
+        """
+        for ids, targets, share in parts_of(self.parts, input_ids, labels):
+            yield {"input_ids": ids}, targets, np.full(len(ids), share * self.parts, np.float32)
 
     def save(self, path: Path) -> None:
         """Writes all that the next step depends on, but for weights that do not learn."""
@@ -134,12 +140,12 @@ def learn(trainer: Trainer, data: Rows, options: Namespace, measure: Measure) ->
     progress = Progress(trainer, options, measure)
     start, parts = trainer.step, trainer.parts
     each = order(len(data.labels), options.batch_size, options.seed, start)
-    rows = tf.data.Dataset.from_generator(
-        lambda: each, output_signature=tf.TensorSpec([options.batch_size], tf.int64)
-    )
-    arrays = {"input_ids": tf.constant(data.input_ids), "labels": tf.constant(data.labels)}
-    batches = rows.rebatch(options.batch_size // parts).map(
-        lambda rows: {name: tf.gather(array, rows) for name, array in arrays.items()}
+    made = (trainer.parts_of(data.input_ids[rows], data.labels[rows]) for rows in each)
+    shape = [options.batch_size // parts, data.labels.shape[1]]
+    ids, targets = (tf.TensorSpec(shape, a.dtype) for a in (data.input_ids, data.labels))
+    batches = tf.data.Dataset.from_generator(
+        lambda: chain.from_iterable(made),
+        output_signature=({"input_ids": ids}, targets, tf.TensorSpec(shape[:1], tf.float32)),
     )
     trainer.model.fit(
         batches,

@@ -68,11 +68,11 @@ class Trainer:
         """One step of AdamW; the loss before it."""
         self.optimizer.zero_grad()
         total = 0.0
-        for ids, targets in parts_of(self.parts, input_ids, labels):
+        for ids, targets, share in parts_of(self.parts, input_ids, labels):
             output = self.model(
                 torch.from_numpy(ids), labels=torch.from_numpy(targets), use_cache=False
             )
-            loss: Tensor = output.loss / self.parts
+            loss: Tensor = output.loss * share
             loss.backward()
             total += loss.item()
         clip_grad_norm_(self.model.parameters(), LARGEST_NORM)

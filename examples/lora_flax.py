@@ -97,9 +97,9 @@ class AdapterTrainer:
     def train(self, input_ids: Array, labels: Array) -> float:
         """One step of AdamW; the loss before it."""
         losses = []
-        for part in parts_of(self.parts, input_ids, labels):
+        for *part, share in parts_of(self.parts, input_ids, labels):
             self.adapters, self.moments, self.random, loss = self._train(
-                self.base, self.adapters, self.moments, self.random, *part
+                self.base, self.adapters, self.moments, self.random, *part, share * self.parts
             )
             losses.append(loss)
         self.step += 1
@@ -107,14 +107,26 @@ class AdapterTrainer:
 
     @partial(jax.jit, static_argnums=0, donate_argnums=(2, 3, 4))
     def _train(
-        self, base: Tree, adapters: Tree, moments: Any, random: Any, ids: Any, labels: Any
+        self,
+        base: Tree,
+        adapters: Tree,
+        moments: Any,
+        random: Any,
+        ids: Any,
+        labels: Any,
+        weight: Any,
     ) -> tuple[Tree, Any, Any, Any]:
-        """The adapters, moments and random state after a part of a batch [B, T], and its loss."""
+        """The adapters, moments and random state after a part of a batch [B, T], and its loss.
+
+        Args:
+            weight: of the part in the mean of all.
+        """
         key, following = jax.random.split(jax.random.wrap_key_data(random))
 
         def loss_of(adapters: Tree) -> Any:
             params = unflatten_dict(base | adapters, sep="/")
-            return self.model(ids, labels=labels, params=params, dropout_rng=key, train=True).loss
+            output = self.model(ids, labels=labels, params=params, dropout_rng=key, train=True)
+            return output.loss * weight
 
         loss, gradients = jax.value_and_grad(loss_of)(adapters)
         updates, moments = self.optimizer.update(gradients, moments, adapters)

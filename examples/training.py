@@ -96,10 +96,21 @@ def shuffled(rows: int, seed: int, epoch: int) -> Array:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-def parts_of(parts: int, *arrays: Array) -> Iterator[list[Array]]:
-    """The rows of a batch in parts of one size."""
-    for part in zip(*(np.split(array, parts) for array in arrays), strict=True):
-        yield list(part)
+def parts_of(parts: int, input_ids: Array, labels: Array) -> Iterator[tuple[Array, Array, float]]:
+    """The rows of a batch [B, T] in parts of one size, and the share of the loss that each has.
+
+    That is its share of the labels that count: a mean of the parts' means would be another loss, with
+    other gradients. In a part without any, one counts, with a share of 0.
+    """
+    counts = [(part[:, 1:] != IGNORED_LABEL).sum() for part in np.split(labels, parts)]
+    total = max(1, sum(counts))
+    for ids, targets, own in zip(
+        np.split(input_ids, parts), np.split(labels, parts), counts, strict=True
+    ):
+        if not own:
+            targets = targets.copy()
+            targets[0, 1] = ids[0, 1]
+        yield ids, targets, float(own / total)
 
 
 def right_rows(chosen: Array, labels: Array) -> int:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a directory or the name of a model on the hub to a directory with its files."""
+"""From a directory or the name of a model on the hub to a directory with its files.
+
+The hub's library is imported where it is needed: it takes a third of a second, and a directory needs none.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,6 @@ import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from opt_core.checkpoints.layouts import Layout, in_order
 from opt_core.errors import HubError
@@ -106,7 +100,10 @@ def resolve(
     )
     if not weights:
         return fetch(TEXT_FILES, revision) / subfolder
-    offline = local_files_only or constants.HF_HUB_OFFLINE
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    offline = local_files_only or HF_HUB_OFFLINE
     problem: HubError | None = None
     layouts, commit = in_order(prefer), revision
     for layout in layouts:
@@ -147,6 +144,8 @@ def _fetch(
     force_download: bool,
 ) -> Path:
     """Return the snapshot that has the files of `patterns`, as far as the model has them."""
+    from huggingface_hub import snapshot_download
+
     prefix = f"{subfolder.rstrip('/')}/" if subfolder else ""
     try:
         folder = snapshot_download(
@@ -174,30 +173,32 @@ def _label(name: str, revision: str | None, subfolder: str) -> str:
 
 def _explain(error: Exception, local_files_only: bool) -> str:
     """Say what the hub's library found, and what to do about it."""
+    from huggingface_hub import constants, errors
+
     hub = constants.ENDPOINT
     match error:
-        case GatedRepoError():
+        case errors.GatedRepoError():
             return (
                 f"found it on {hub}, but access must be asked for. Accept its terms there, then "
                 "set HF_TOKEN or pass token=."
             )
-        case RepositoryNotFoundError():
+        case errors.RepositoryNotFoundError():
             return (
                 f"found neither a directory of this name nor a model on {hub}. Check the name; "
                 "for a private model set HF_TOKEN or pass token=."
             )
-        case RevisionNotFoundError():
+        case errors.RevisionNotFoundError():
             return (
                 f"found the model on {hub}, but not this revision. Check the branch, tag or commit."
             )
-        case HFValidationError():
+        case errors.HFValidationError():
             return f"found no directory of this name, and it is no hub name ({error})."
-        case LocalEntryNotFoundError() if local_files_only:
+        case errors.LocalEntryNotFoundError() if local_files_only:
             return (
                 "expected it in the cache, as local_files_only asks, found it missing or "
                 "incomplete. Check cache_dir or HF_HOME, or allow the network once."
             )
-        case LocalEntryNotFoundError():
+        case errors.LocalEntryNotFoundError():
             return (
                 f"found it not in the cache, and {hub} cannot be reached ({error}). Check the "
                 "network, HF_HUB_OFFLINE and HF_ENDPOINT, or give a local directory."

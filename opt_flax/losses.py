@@ -31,6 +31,11 @@ def causal_lm_loss(logits: Array, labels: Array) -> Array:
     return cross_entropy(logits, shifted)
 
 
+def count_labels(labels: Array) -> Array:
+    """How many labels [B, T] count in `causal_lm_loss`: what a batch weighs among others."""
+    return (labels[:, 1:] != IGNORED_LABEL).sum()
+
+
 def classification_loss(logits: Array, labels: Array, problem: ProblemType) -> Array:
     """The mean squared error, cross-entropy or binary cross-entropy, as the problem asks for.
 

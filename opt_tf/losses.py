@@ -32,6 +32,11 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, sample_weight: Tensor | None 
     return cross_entropy(logits, labels, tf.roll(weights, -1, axis=1))
 
 
+def count_labels(labels: Tensor) -> Tensor:
+    """How many labels [B, T] count in `causal_lm_loss`: what a batch weighs among others."""
+    return tf.reduce_sum(tf.cast(labels[:, 1:] != IGNORED_LABEL, tf.int32))
+
+
 def classification_loss(
     logits: Tensor, labels: Tensor, problem: ProblemType, sample_weight: Tensor | None = None
 ) -> Tensor:

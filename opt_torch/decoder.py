@@ -84,7 +84,9 @@ class OPTDecoder(nn.Module):
         total = past.capacity if isinstance(past_length, Tensor) else past_length + length
         if attention_mask is not None:  # of a fixed cache: longer
             attention_mask = F.pad(attention_mask, (0, total - attention_mask.shape[1]))
-            if length > 1 and without_effect(attention_mask):
+            # With a past there is a bias anyway, and assisted decoding would wait for each check.
+            begins = isinstance(past_length, int) and past_length == 0
+            if begins and length > 1 and without_effect(attention_mask):
                 attention_mask = None
         texts = None
         if position_ids is not None and past is None:

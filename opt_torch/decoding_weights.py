@@ -73,8 +73,15 @@ class PackedWeight:
             )
         self.packed = PACK(weight, batch_size)
 
-    @torch.compiler.disable(reason="a packed weight cannot be traced: call model.train() first")
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if (
+            torch.compiler.is_compiling()
+        ):  # the compiler is there: as a decorator, this would load it
+            untraced = torch.compiler.disable(self._multiply, reason="packed: call model.train()")
+            return untraced(x, bias)
+        return self._multiply(x, bias)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if PACKED_LINEAR is None or x.dtype != self.packed.dtype or not _is_plain_call(x):
             return F.linear(x, self.plain(), bias)
         return PACKED_LINEAR(x, self.packed, bias, "none", [], "")

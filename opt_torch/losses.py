@@ -27,6 +27,11 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL))
 
 
+def count_labels(labels: Tensor) -> Tensor:
+    """How many labels [B, T] count in `causal_lm_loss`: what a batch weighs among others."""
+    return (labels[:, 1:] != IGNORED_LABEL).sum()
+
+
 def classification_loss(logits: Tensor, labels: Tensor, problem: ProblemType) -> Tensor:
     """The mean squared error, cross-entropy or binary cross-entropy, as the problem asks for.
 

@@ -19,7 +19,7 @@ from opt_core.generation.watching import Watch
 from opt_torch.cache import KVCache
 from opt_torch.generation.decode import Noise, Step, in_halves, watched
 from opt_torch.generation.search import choose
-from opt_torch.generation.state import Decoded, DecodeState
+from opt_torch.generation.state import Decoded, DecodeState, sent
 
 #: From a state and a number, at most so many tokens [1, any] that may come next.
 Propose = Callable[[DecodeState, int], Tensor]
@@ -42,9 +42,9 @@ def assisted_search(
     batch = len(state.tokens)
     if watch is not None:
         watch.check_rows(batch)
-    found = []
+    found, rows = [], torch.arange(batch, device=state.tokens.device)
     for row in range(batch):
-        index = torch.tensor([row], device=state.tokens.device)
+        index = rows[row : row + 1]
         cache_rows = in_halves(plan, index, batch)
         alone = replace(state.take(index), cache=state.cache.take(cache_rows))
         own_step, own_noise = partial(step, rows=index), _of_row(noise, row)
@@ -70,9 +70,10 @@ def _search_row(
     """The state of one row at its end."""
     count = plan.strategy.num_tokens
     state = watched(choose(plan, state, noise), watch)
-    while state.step < state.limit and not bool(state.finished.all()):
+    ended = bool(state.finished.all())
+    while state.step < state.limit and not ended:
         proposals = propose(state, min(count, state.limit - state.step - 1))
-        state, accepted = _check(plan, state, proposals, step, noise, watch)
+        state, accepted, ended = _check(plan, state, proposals, step, noise, watch)
         count = plan.strategy.next_count(count, accepted)
     return state
 
@@ -84,31 +85,34 @@ def _check(
     step: Step,
     noise: Noise | None,
     watch: Watch | None,
-) -> tuple[DecodeState, int]:
-    """Runs the last token and the proposals [1, any]; returns the state and how many were right.
+) -> tuple[DecodeState, int, bool]:
+    """Runs the last token and the proposals [1, any].
 
-    The column after them is the model's own; the cache is cut back to the columns before it.
+    The column after them is the model's own; the cache is cut back to the columns before it. Returns
+    the state, how many were right, and whether the row has ended.
     """
     last = state.tokens[:, state.length - 1 : state.length]
     output = step(torch.cat([last, proposals], dim=1), state.cache)
-    expected, accepted = proposals[0].tolist(), 0
+    accepted = 0
     while True:
         logits = output.logits[:, accepted : accepted + 1]
         state = watched(choose(plan, state.after(output._replace(logits=logits)), noise), watch)
-        token = int(state.tokens[0, state.length - 1])
-        if bool(state.finished.all()) or expected[accepted : accepted + 1] != [token]:
+        newest = state.tokens[0, state.length - 1 : state.length]
+        # An accelerator is asked once for all of it.
+        token, ended, *expected = torch.cat([newest, state.finished, proposals[0]]).tolist()
+        if ended or expected[accepted : accepted + 1] != [token]:
             break
         accepted += 1
     if watch is not None:
         watch.split(accepted + 1)
-    return replace(state, cache=_cut(output.cache, state.length - 1)), accepted
+    return replace(state, cache=_cut(output.cache, state.length - 1)), accepted, bool(ended)
 
 
 def _look_up(plan: DecodePlan, state: DecodeState, count: int) -> Tensor:
     """Proposals from the row's own tokens."""
-    tokens, mask = (x[0, : state.length].cpu().numpy() for x in (state.tokens, state.mask))
-    found = look_up(tokens[mask == 1], plan.strategy.lookup_size, count)
-    return torch.from_numpy(found).to(state.tokens.device)[None]
+    tokens = torch.where(state.mask == 1, state.tokens, -1)[0, : state.length].cpu().numpy()
+    found = look_up(tokens[tokens >= 0], plan.strategy.lookup_size, count)
+    return sent(found, state.tokens.device)[None]
 
 
 def _drafts(plan: DecodePlan, cache: KVCache, step: Step, noise: Noise | None) -> Propose:

@@ -12,7 +12,7 @@ from opt_core.generation.plan import DecodePlan
 from opt_core.generation.watching import Watch
 from opt_torch.generation.decode import Noise, Step, in_halves, watched
 from opt_torch.generation.processors import process
-from opt_torch.generation.state import Decoded, DecodeState
+from opt_torch.generation.state import Decoded, DecodeState, sent
 
 
 def constrained_beam_search(
@@ -30,7 +30,7 @@ def constrained_beam_search(
         token = state.tokens[:, state.length - 1 : state.length]  # [B, 1]
         state = state.after(step(token, state.cache))
         state = shown(choose(plan, state, beams), beams, watch)
-    found = (torch.from_numpy(x).to(state.tokens.device) for x in beams.found())
+    found = (sent(x, state.tokens.device) for x in beams.found())
     sequences, scores, indices = found
     return Decoded(sequences.long(), sequences.shape[1], state.cache, scores, indices)
 
@@ -39,9 +39,9 @@ def choose(plan: DecodePlan, state: DecodeState, beams: ConstrainedBeams) -> Dec
     """The state with one more column: the rows that go on; guides follow their rows."""
     logits = torch.log_softmax(state.logits.float(), -1)
     scores = process(plan.processors, logits, state)
-    totals = scores + torch.from_numpy(beams.scores).to(scores.device)[:, None]  # [B, V]
+    totals = scores + sent(beams.scores, scores.device)[:, None]  # [B, V]
     chosen = beams.choose(totals.cpu().numpy())
-    rows, token = (torch.from_numpy(x).to(scores.device) for x in chosen)  # [B]
+    rows, token = (sent(x, scores.device) for x in chosen)  # [B]
     cache = state.cache
     if cache is not None:
         cache = cache.take(in_halves(plan, rows, len(rows)))
@@ -52,7 +52,9 @@ def choose(plan: DecodePlan, state: DecodeState, beams: ConstrainedBeams) -> Dec
 
 def shown(state: DecodeState, beams: ConstrainedBeams, watch: Watch | None) -> DecodeState:
     """Shows a state with a new column to the host, which may end all rows of a prompt."""
-    finished = torch.from_numpy(beams.finished).to(state.finished.device)
+    if watch is None:
+        return state
+    finished = sent(beams.finished, state.finished.device)
     state = watched(replace(state, finished=finished), watch)
     beams.stop(state.finished.cpu().numpy())
     return state

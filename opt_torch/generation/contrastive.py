@@ -103,9 +103,10 @@ def of_best(plan: DecodePlan, output: StepOutput, best: Tensor, watch: Watch | N
     if watch is not None:
         watch.select(lambda x: x[rows])
     last, copies = output.cache.used - 1, in_halves(plan, rows.repeat_interleave(count), total)
+    column = last + torch.zeros_like(rows[:1])  # [1]: a number would be asked of an accelerator
 
     def adopted(layer: LayerCache) -> LayerCache:
-        key, value = (x[copies, :, last : last + 1] for x in (layer.key, layer.value))
+        key, value = (x[copies, :, column][:, :, None] for x in (layer.key, layer.value))
         return layer.extended(key, value, last)
 
     cache = replace(output.cache, layers=tuple(adopted(layer) for layer in output.cache.layers))

@@ -19,7 +19,7 @@ from opt_core.generation.strategies import ContrastiveSearch
 from opt_core.generation.watching import Watch
 from opt_torch.cache import KVCache
 from opt_torch.generation.dola import contrasted, early_logits
-from opt_torch.generation.state import DecodeState, Inputs, StepOutput
+from opt_torch.generation.state import DecodeState, Inputs, StepOutput, sent
 from opt_torch.masks import positions_from_mask
 
 Step = Callable[..., StepOutput]
@@ -143,7 +143,7 @@ def first_state(plan: DecodePlan, inputs: Inputs, output: StepOutput) -> DecodeS
         context=_context(plan, inputs, output),
     )
     if plan.is_static and output.cache is not None:
-        length = torch.tensor(plan.prompt_length, device=tokens.device)
+        length = torch.full((), plan.prompt_length, device=tokens.device)
         output = output._replace(cache=replace(output.cache, length=length))
     return state.after(repeated(output, repeats))
 
@@ -189,5 +189,7 @@ def watched(state: DecodeState, watch: Watch | None) -> DecodeState:
     if watch is None:
         return state
     tokens = state.tokens[:, state.offset : state.length]
-    ends = torch.from_numpy(watch.chose(tokens, state.scores, state.logits))
-    return replace(state, finished=state.finished | ends.to(state.finished.device))
+    ends = watch.chose(tokens, state.scores, state.logits)
+    if not ends.any():  # nothing to send to an accelerator
+        return state
+    return replace(state, finished=state.finished | sent(ends, state.finished.device))

@@ -40,7 +40,7 @@ from opt_torch.generation.contrastive import contrastive_search
 from opt_torch.generation.decode import Noise, decode_step, first_state, prefill, step_forward
 from opt_torch.generation.graphs import replayed
 from opt_torch.generation.search import search
-from opt_torch.generation.state import Decoded, Inputs
+from opt_torch.generation.state import Decoded, Inputs, sent
 from opt_torch.outputs import GenerateOutput
 
 LOOPS: Mapping[type[Strategy], Callable[..., Decoded]] = {
@@ -163,7 +163,7 @@ def _inputs(
 ) -> Inputs:
     pads = plan.prompt_length - prompts.lengths.columns
     tokens, mask, known, order = (
-        torch.from_numpy(x).long().to(device)
+        sent(x.astype(np.int64), device)
         for x in (prompts.tokens, prompts.mask, prompts.known, prompts.order)
     )
     if embeds is not None:
@@ -180,7 +180,7 @@ def _output(
     """The sequences, and what else was asked for."""
     sequences = decoded.tokens[:, : decoded.length]
     if prompts.given is not None:
-        given = torch.from_numpy(prompts.given).to(sequences)
+        given = sent(prompts.given, sequences.device).to(sequences.dtype)
         sequences = torch.cat([given.repeat_interleave(plan.num_return_sequences, 0), sequences], 1)
     if not config.return_dict_in_generate:
         return sequences

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from opt_core.generation import processors as p
 from opt_torch.generation import sampling
-from opt_torch.generation.state import DecodeState
+from opt_torch.generation.state import DecodeState, sent
 
 #: The dtypes of `p.Endings`.
-ENDINGS = (torch.long, torch.long, torch.long, torch.float32)
+ENDINGS = (np.int64, np.int64, np.int64, np.float32)
 
 
 def guidance(processor: p.Guidance, scores: Tensor, state: DecodeState) -> Tensor:
@@ -27,7 +28,7 @@ def guidance(processor: p.Guidance, scores: Tensor, state: DecodeState) -> Tenso
 
 def sequence_bias(processor: p.SequenceBias, scores: Tensor, state: DecodeState) -> Tensor:
     prefixes, lengths, tokens, biases = (
-        torch.tensor(x, dtype=dtype).to(scores.device, non_blocking=True)
+        sent(np.array(x, dtype), scores.device)
         for x, dtype in zip(processor.endings(), ENDINGS, strict=True)
     )
     last = _last_tokens(state, prefixes.shape[1])[:, None]  # [B, 1, longest]
@@ -84,7 +85,7 @@ def prefix_allowed(processor: p.PrefixAllowed, scores: Tensor, state: DecodeStat
     tokens, mask = state.tokens[:, : state.length], state.mask[:, : state.length]
     rows = [tokens[row][mask[row] > 0] for row in range(len(tokens))]
     allowed = [processor.allowed(i, row, scores.shape[-1]) for i, row in enumerate(rows)]
-    is_allowed = torch.stack([torch.from_numpy(row) for row in allowed]).to(scores.device)
+    is_allowed = sent(np.stack(allowed), scores.device)
     return torch.where(is_allowed, scores, -torch.inf)
 
 
@@ -156,8 +157,7 @@ def _penalized(scores: Tensor, state: DecodeState, real: Tensor, penalty: float)
 def _among(token_ids: tuple[int, ...], scores: Tensor) -> Tensor:
     """Which tokens [V] are among the ids."""
     found = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
-    ids = torch.tensor(token_ids, dtype=torch.long).to(scores.device, non_blocking=True)
-    return found.index_fill(0, ids, True)
+    return found.index_fill(0, sent(np.array(token_ids, np.int64), scores.device), True)
 
 
 def _forbidden(scores: Tensor, token_ids: tuple[int, ...], condition: bool) -> Tensor:

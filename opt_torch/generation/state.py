@@ -6,12 +6,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from opt_torch.cache import KVCache
 
 #: Devices whose values the host need not wait for.
 AT_HAND = ("cpu",)
+
+
+def sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """The host's values on the device, for which nobody waits."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 class Inputs(NamedTuple):

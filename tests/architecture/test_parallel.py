@@ -57,7 +57,7 @@ NAMES: dict[tuple[str, str, str], str] = {
     ("flax", "generation/processors.py", "is_any_of"): "jnp.isin takes the ids as they are",
     ("*", "generation/decode.py", "step_forward"): CUDA,
     ("*", "generation/search.py", "PATIENCE columns_until_end"): CUDA,
-    ("*", "generation/state.py", "AT_HAND"): CUDA,
+    ("*", "generation/state.py", "AT_HAND sent"): CUDA,
     ("*", "masks.py", "without_effect"): FLASH,
     (
         "flax",

@@ -7,6 +7,7 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from examples import lora_flax
@@ -34,6 +35,23 @@ def test_it_learns_and_the_merged_model_answers(tmp_path):
     assert before < 0.05 and after > 0.3
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert after == pytest.approx(last["rows_right"], abs=0.05)  # which is that of a rounded base
+
+
+def test_parts_weigh_as_many_labels_as_count():
+    """The adapters' gradients and the loss are those of the whole batch."""
+    ids = np.random.default_rng(0).integers(3, 90, (4, 7))
+    labels = np.where(np.arange(7) > [[0], [0], [5], [7]], ids, -100)
+    found = []
+    for parts in ("1", "2", "4"):
+        model = FlaxOPTForCausalLM.from_pretrained(TINY_SUMS, dropout=0.0)
+        options = ["--base", "float32", "--batch-size", "4", "--accumulate", parts, "--steps", "2"]
+        trainer = lora_flax.AdapterTrainer(model, lora_flax.parse(options))
+        loss = trainer.train(ids, labels)
+        moments = jax.tree.leaves(optax.tree_utils.tree_get(trainer.moments, "mu"))
+        found.append((loss, np.concatenate([np.ravel(x) for x in moments])))
+    for loss, summed in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        assert np.linalg.norm(summed - found[0][1]) <= 1e-5 * np.linalg.norm(found[0][1])
 
 
 @pytest.mark.parametrize(

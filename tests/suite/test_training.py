@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples import sums
+from examples import finetuning, sums
+from examples.training import shuffled
 from opt_core.assets import TINY_SUMS
-from opt_core.assets.sums import encode_problems, problems
+from opt_core.assets.sums import TrainingData, encode_problems, problems
+from opt_core.inputs import IGNORED_LABEL
 from opt_core.tokenizer import OPTTokenizer
 from tests.backends.base import Backend
 from tests.cases import GOLDEN, bits, case
@@ -66,6 +69,74 @@ def test_a_stop_after_any_step_leaves_no_trace(
         found = [trainer.train(IDS[step], LABELS[step]) for step in range(stop, STEPS)]
         assert found == losses[stop:]
         assert bits(backend.canonical_weights(trainer.model)) == expected
+
+
+def gradients(trainer: Any, backend: str) -> np.ndarray:
+    """Those that the optimizer has seen, or their mean over the steps."""
+    if backend == "torch":
+        found = [p.grad for p in trainer.model.parameters()]
+    elif backend == "tf":
+        found = [v for v in trainer.optimizer.variables if "_momentum" in v.path]
+    else:
+        import jax
+        import optax
+
+        found = jax.tree.leaves(optax.tree_utils.tree_get(trainer.moments, "mu"))
+    return np.concatenate([np.asarray(x).ravel() for x in found])
+
+
+def unequal_rows() -> TrainingData:
+    """Eight rows of which six labels count, or few, or none, in the order of the first batch."""
+    ids = np.random.default_rng(0).integers(3, 90, (8, 7))
+    counts = np.zeros(8, int)
+    counts[shuffled(8, 0, 0)] = [6, 6, 5, 1, 1, 1, 0, 0]
+    return TrainingData(ids, np.where(np.arange(7) > 6 - counts[:, None], ids, IGNORED_LABEL))
+
+
+def test_labels_are_counted_as_the_loss_does(backend: Backend) -> None:
+    losses = importlib.import_module(f"opt_{backend.name}.losses")
+    labels = unequal_rows().labels
+    labels[0, 0] = 7  # which nothing predicts
+    given = labels
+    if backend.name == "torch":
+        import torch
+
+        given = torch.from_numpy(labels)
+    assert int(losses.count_labels(given)) == 20
+
+
+def test_measured_losses_weigh_as_many_labels_as_count(backend: Backend) -> None:
+    """The held-out loss of batches is that of all rows at once."""
+    model, data = backend.load(case("pre_norm").folder), unequal_rows()
+
+    def run(ids: Any, labels: Any) -> tuple[float, Any]:
+        found = backend.forward(model, input_ids=ids, labels=labels)
+        return float(found["loss"]), found["logits"].argmax(-1)
+
+    rows = TrainingData(*(array[shuffled(8, 0, 0)] for array in (data.input_ids, data.labels)))
+    expected, _ = run(rows.input_ids, rows.labels)
+    found = finetuning.measured(run, rows, 2)
+    assert found["held_out_loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(np.exp(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_weigh_as_many_labels_as_count(
+    backend: Backend, script: Any, tmp_path: Path, parts: int
+) -> None:
+    """In one part all, in others few, in another none: losses and gradients are the whole batch's."""
+    found = []
+    for number in (1, parts):
+        model = backend.load(case("pre_norm").folder, dropout=0.0)
+        trainer = script.Trainer(model, 1e-3, 2, parts=number)
+        given = {"batch_size": 8, "seed": 0, "steps": 2, "save_every": 9, "resume": False}
+        options = Namespace(**given, output=tmp_path / str(number))
+        script.learn(trainer, unequal_rows(), options, dict)
+        losses = [line["loss"] for line in log_of(options.output)]
+        found.append((losses, gradients(trainer, backend.name)))
+    (expected, whole), (losses, summed) = found
+    assert losses == pytest.approx(expected, rel=1e-5) and len(losses) == 2
+    assert np.linalg.norm(summed - whole) <= 1e-5 * np.linalg.norm(whole)
 
 
 @pytest.fixture

@@ -15,11 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from opt_torch import OPTForCausalLM
+from opt_torch.losses import count_labels
 from tests.cases import case
 
 FOLDER = case("pre_norm").folder
 IDS = torch.randint(3, 103, (8, 7), generator=torch.Generator().manual_seed(0))
 LABELS = IDS.masked_fill(torch.arange(7) < 2, -100)  # as many in each row
+UNEQUAL = LABELS.masked_fill((torch.arange(8)[:, None] % 4 < 2) & (torch.arange(7) < 6), -100)
 RATE = 0.1
 
 
@@ -27,11 +29,16 @@ def load() -> OPTForCausalLM:
     return OPTForCausalLM.from_pretrained(FOLDER, dropout=0.0).train()
 
 
-def step(model: nn.Module, ids: Tensor, labels: Tensor, parts: int = 1) -> None:
-    """One step of SGD on the gradients of a batch, or of its parts."""
+def step(model: nn.Module, ids: Tensor, labels: Tensor, parts: int = 1, processes: int = 1) -> None:
+    """One step of SGD on the gradients of a batch, or of its parts, in one process or several."""
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    total = count_labels(labels)
+    if processes > 1:  # whose mean DistributedDataParallel takes
+        torch.distributed.all_reduce(total)
+        total = total / processes
     for some, wanted in zip(ids.chunk(parts), labels.chunk(parts), strict=True):
-        (model(input_ids=some, labels=wanted).loss / parts).backward()
+        loss = model(input_ids=some, labels=wanted).loss
+        (loss * count_labels(wanted) / total).backward()
     optimizer.step()
 
 
@@ -48,8 +55,12 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
 @pytest.fixture(scope="module")
 def whole() -> OPTForCausalLM:
     """The model after a step on all rows."""
+    return trained(LABELS)
+
+
+def trained(labels: Tensor) -> OPTForCausalLM:
     model = load()
-    step(model, IDS, LABELS)
+    step(model, IDS, labels)
     return model
 
 
@@ -61,54 +72,57 @@ def test_parts_of_a_batch_are_the_batch(parts: int, whole: OPTForCausalLM) -> No
 
 
 def test_parts_of_unequal_weight_are_not() -> None:
-    """A mean of means, as everywhere in PyTorch: divide the sums by what counts in all parts instead."""
-    labels = LABELS.clone()
-    labels[:4, :5] = -100
-    expected, means, sums = load(), load(), load()
-    step(expected, IDS, labels)
-    step(means, IDS, labels, parts=2)
+    """A mean of means is another loss: each part weighs as many labels as count in it."""
+    expected, means, sums = trained(UNEQUAL), load(), load()
+    optimizer = torch.optim.SGD(means.parameters(), lr=RATE)
+    for ids, wanted in zip(IDS.chunk(4), UNEQUAL.chunk(4), strict=True):
+        (means(ids, labels=wanted).loss / 4).backward()
+    optimizer.step()
     with pytest.raises(AssertionError):
         assert_same(means, expected)
-    optimizer = torch.optim.SGD(sums.parameters(), lr=RATE)
-    count = (labels[:, 1:] != -100).sum()
-    for ids, wanted in zip(IDS.chunk(2), labels.chunk(2), strict=True):
-        own = (wanted[:, 1:] != -100).sum()
-        (sums(ids, labels=wanted).loss * own / count).backward()
-    optimizer.step()
+    step(sums, IDS, UNEQUAL, parts=4)
     assert_same(sums, expected)
 
 
-def test_a_loop_of_accelerate(whole: OPTForCausalLM, tmp_path: Path) -> None:
-    """Prepared model, optimizer and loader; the gradients of two batches make one step."""
+def test_a_loop_of_accelerate(tmp_path: Path) -> None:
+    """Prepared model, optimizer and loader; the gradients of two batches make one step.
+
+    accelerate divides by their number, so each weighs what it has of the mean number of labels.
+    """
+    whole = trained(UNEQUAL)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model: Any = load()
-    loader = DataLoader(TensorDataset(IDS, LABELS), batch_size=4)
+    rows = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])  # few labels, then many
+    mean = count_labels(UNEQUAL) / 2
+    loader = DataLoader(TensorDataset(IDS[rows], UNEQUAL[rows]), batch_size=4)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=RATE)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for ids, labels in loader:
         with accelerator.accumulate(model):
-            accelerator.backward(model(ids, labels=labels).loss)
+            accelerator.backward(model(ids, labels=labels).loss * count_labels(labels) / mean)
             optimizer.step()
             optimizer.zero_grad()
-    trained = accelerator.unwrap_model(model)
-    assert_same(trained, whole)
-    trained.save_pretrained(tmp_path)
+    found = accelerator.unwrap_model(model)
+    assert_same(found, whole)
+    found.save_pretrained(tmp_path)
     assert_same(OPTForCausalLM.from_pretrained(tmp_path), whole)
 
 
 def one_of_two(rank: int, port: int, folder: str) -> None:
-    """A process that sees every other row, and writes what it has learnt."""
+    """A process that sees some of the rows, and writes what it has learnt."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", address, rank=rank, world_size=2)
     model = load()
-    step(DistributedDataParallel(model), IDS[rank::2], LABELS[rank::2])
+    rows = [slice(0, 2), slice(2, 8)][rank]  # few labels, and many
+    step(DistributedDataParallel(model), IDS[rows], UNEQUAL[rows], processes=2)
     model.save_pretrained(Path(folder) / str(rank))
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_make_the_step_of_one(whole: OPTForCausalLM, tmp_path: Path) -> None:
-    """DDP takes the mean of the processes' means: that of the batch, if as many labels count in each."""
+def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
+    """DDP takes the mean of the processes' gradients: each weighs its share of all labels."""
+    whole = trained(UNEQUAL)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -278,6 +278,17 @@ def test_compiling_the_prepared_model(model: OPTForCausalLM) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_one_graph_of_the_prepared_model(model: OPTForCausalLM) -> None:
+    """There is none, and the error says what to do."""
+    torch.compiler.reset()
+    whole = torch.compile(model.prepare_for_decoding(), backend="aot_eager", fullgraph=True)
+    unsupported = torch._dynamo.exc.Unsupported
+    with torch.no_grad(), pytest.raises(unsupported, match=r"packed: call model\.train\(\)"):
+        whole(token_ids(model))
+    torch.compiler.reset()
+    whole(token_ids(model.train()))
+
+
 # The choice.
 
 

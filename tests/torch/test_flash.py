@@ -29,8 +29,8 @@ def one_text(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Ten
     """q [T, N, H], k, v [S, N, H] -> [T, N, H]: each query sees what ends with its own key."""
     scores = torch.einsum("tnh,snh->nts", q, k) * scale
     if causal:
-        ends = torch.arange(len(k) - len(q), len(k))[:, None]
-        scores = scores.masked_fill(torch.arange(len(k)) > ends, -torch.inf)
+        keys = torch.arange(len(k), device=k.device)
+        scores = scores.masked_fill(keys > keys[len(k) - len(q) :, None], -torch.inf)
     return torch.einsum("nts,snh->tnh", scores.softmax(-1), v)
 
 
