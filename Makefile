@@ -15,18 +15,7 @@ READY := $(VENV)/.ready
 PEERS := hf437 hf457 hf5 ct2
 DECODERS := hf457 hf5 ct2 kh
 TRAINERS := hf457 hf5
-PEERS_READY := $(PEERS:%=# Another Triton than PyTorch asks for: newer ones refuse the package's kernels. Of the package only Python is
-# built; its Triton kernels are said to be for AMD.
-$(ENVIRONMENTS)/flash/.ready: tests/flash/requirements.txt tests/flash/requirements-kernels.txt
-	@test ! -e $(@D) -o -e $(@D)/pyvenv.cfg || { echo "$(@D) is no environment: move it away, or set ENVIRONMENTS"; exit 1; }
-	rm -rf $(@D)
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install -q --disable-pip-version-check -r tests/flash/requirements.txt
-	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE \
-		$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -r tests/flash/requirements-kernels.txt
-	@touch $@
-
-$(ENVIRONMENTS)/%/.ready)
+PEERS_READY := $(PEERS:%=$(ENVIRONMENTS)/%/.ready)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-flash test-slow oracle gpu gpu-full golden lint format typecheck docs train-sums accuracy memory bench-decode bench-train generation-memory fuzz conversion wheel clean
@@ -118,6 +107,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(READY): $(INSTALLED)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all-cpu,dev]'
+	@touch $@
+
+# Another Triton than PyTorch asks for: newer ones refuse the package's kernels. Of the package only Python is
+# built; its Triton kernels are said to be for AMD.
+$(ENVIRONMENTS)/flash/.ready: tests/flash/requirements.txt tests/flash/requirements-kernels.txt
+	@test ! -e $(@D) -o -e $(@D)/pyvenv.cfg || { echo "$(@D) is no environment: move it away, or set ENVIRONMENTS"; exit 1; }
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -r tests/flash/requirements.txt
+	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE \
+		$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -r tests/flash/requirements-kernels.txt
 	@touch $@
 
 $(ENVIRONMENTS)/%/.ready: tests/oracle/requirements-%.txt

@@ -10,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import opt_torch
+from opt_core import OPTConfig
 from opt_torch import OPTForCausalLM
 from tests.cases import case
+from tests.tolerances import TOLERANCES, assert_close
 
+TOLERANCE = TOLERANCES["flash", "float32"]
 FLASH = "flash_attention_2"
 LENGTH = 7
 MASKS = {
@@ -78,6 +82,45 @@ def generated(model: OPTForCausalLM, strategy: str, where: str) -> list[list[int
     return model.generate(
         ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, eos_token_id=None, **options
     ).tolist()
+
+
+def near(found: Tensor, expected: Tensor, what: str) -> None:
+    assert_close(found.detach().numpy(), expected.detach().numpy(), what, tolerance=TOLERANCE)
+
+
+def same_gradients(ours: Any, plain: Any) -> None:
+    """Each relative to its own largest number, or to a tenth of the largest of all.
+
+    Some are nothing but rounding: all keys alike change no weight, and all logits alike no probability.
+    """
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    floor = max(gradient.abs().max() for gradient in gradients.values())[None] / 10
+    for name, parameter in ours.named_parameters():
+        found, expected = parameter.grad.flatten(), gradients[name].flatten()
+        near(torch.cat([found, floor]), torch.cat([expected, floor]), name)
+
+
+def random_pair(
+    heads: int, architecture: str = "OPTForCausalLM", num_heads: int = 2, **shape: Any
+) -> tuple[Any, Any]:
+    """A model of random weights, large enough that attention is far from uniform, in both ways."""
+    config = OPTConfig(
+        vocab_size=90,
+        hidden_size=num_heads * heads,
+        num_attention_heads=num_heads,
+        num_hidden_layers=2,
+        ffn_dim=32,
+        max_position_embeddings=160,
+        init_std=0.3 / heads**0.25,
+        dropout=0.0,
+        num_labels=3,
+        **{"word_embed_proj_dim": num_heads * heads, **shape},
+    )
+    kind = getattr(opt_torch, architecture)
+    torch.manual_seed(0)
+    ours, plain = (kind(config, attn_implementation=kernel).eval() for kernel in (FLASH, "eager"))
+    plain.load_state_dict(ours.state_dict())
+    return ours, plain
 
 
 def losses_with_pads(ours: Any, plain: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

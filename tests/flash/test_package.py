@@ -11,14 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import opt_torch
-from opt_core import OPTConfig
 from opt_torch import OPTForCausalLM
 from tests.cases import CASES, case
 from tests.flash_cases import (
-    FLASH,
     LENGTH,
     MASKS,
     POSITIONS,
@@ -26,16 +23,17 @@ from tests.flash_cases import (
     generated,
     labels,
     losses_with_pads,
+    near,
     pair,
+    random_pair,
+    same_gradients,
     tokens,
 )
-from tests.tolerances import TOLERANCES, assert_close
 
 pytestmark = [
     pytest.mark.flash,
     pytest.mark.filterwarnings("ignore:Conversion of an array"),  # numpy to Triton's interpreter
 ]
-TOLERANCE = TOLERANCES["flash", "float32"]
 #: Sizes of heads: those of the published models, and some that fill no block of the kernel.
 HEADS = (4, 20, 64, 80, 96, 128, 256)
 SHAPES: dict[str, dict[str, Any]] = {
@@ -52,45 +50,6 @@ LONG = torch.stack(
         torch.arange(150) < 131,
     ]
 ).long()
-
-
-def near(found: Tensor, expected: Tensor, what: str) -> None:
-    assert_close(found.detach().numpy(), expected.detach().numpy(), what, tolerance=TOLERANCE)
-
-
-def same_gradients(ours: Any, plain: Any) -> None:
-    """Each relative to its own largest number, or to a tenth of the largest of all.
-
-    Some are nothing but rounding: all keys alike change no weight, and all logits alike no probability.
-    """
-    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    floor = max(gradient.abs().max() for gradient in gradients.values())[None] / 10
-    for name, parameter in ours.named_parameters():
-        found, expected = parameter.grad.flatten(), gradients[name].flatten()
-        near(torch.cat([found, floor]), torch.cat([expected, floor]), name)
-
-
-def random_pair(
-    heads: int, architecture: str = "OPTForCausalLM", num_heads: int = 2, **shape: Any
-) -> tuple[Any, Any]:
-    """A model of random weights, large enough that attention is far from uniform, in both ways."""
-    config = OPTConfig(
-        vocab_size=90,
-        hidden_size=num_heads * heads,
-        num_attention_heads=num_heads,
-        num_hidden_layers=2,
-        ffn_dim=32,
-        max_position_embeddings=160,
-        init_std=0.3 / heads**0.25,
-        dropout=0.0,
-        num_labels=3,
-        **{"word_embed_proj_dim": num_heads * heads, **shape},
-    )
-    kind = getattr(opt_torch, architecture)
-    torch.manual_seed(0)
-    ours, plain = (kind(config, attn_implementation=kernel).eval() for kernel in (FLASH, "eager"))
-    plain.load_state_dict(ours.state_dict())
-    return ours, plain
 
 
 @pytest.mark.parametrize("where", MASKS)
@@ -259,15 +218,16 @@ def test_gradient_checkpointing(calls: Counter[str]) -> None:
     assert calls == {"varlen_fwd": 2 * layers, "varlen_bwd": layers}
 
 
-@pytest.mark.parametrize("head", ["tokens", "answers"])
+@pytest.mark.parametrize("head", ["OPTForCausalLM", "OPTForQuestionAnswering"])
 def test_losses_differ_at_pads_alone(calls: Counter[str], head: str) -> None:
-    as_given, excluded = losses_with_pads(*random_pair(20, ARCHITECTURES[head]))
+    ours, plain = random_pair(20, head)
+    as_given, excluded = losses_with_pads(ours, plain)
     assert abs(as_given[0] - as_given[1]) > 1e-2
     near(excluded[0], excluded[1], head)
-    assert calls.total()
-
-
-ARCHITECTURES = {"tokens": "OPTForCausalLM", "answers": "OPTForQuestionAnswering"}
+    for loss in excluded:
+        loss.backward()
+    same_gradients(ours, plain)
+    assert calls["varlen_bwd"]
 
 
 def test_half_precision(calls: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlashAttention-2 without a GPU: kernels of the vendors' signatures, written here in plain operations.
 
-What these tests cannot tell is whether the real kernels do the same: tests/gpu asks them.
+What these tests cannot tell is whether the real kernels do the same: tests/flash and tests/gpu ask them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ from tests.flash_cases import (
     STRATEGIES,
     generated,
     labels,
+    losses_with_pads,
+    near,
     pair,
+    random_pair,
+    same_gradients,
     tokens,
 )
 
@@ -160,6 +164,18 @@ def test_gradients(kernels: Vendor, where: str) -> None:
         each(tokens(len(mask)), attention_mask=mask, labels=labels(mask)).loss.backward()
     for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("head", ["OPTForCausalLM", "OPTForQuestionAnswering"])
+def test_losses_differ_at_pads_alone(kernels: Vendor, head: str) -> None:
+    """What a pad predicts is another number than in plain operations: docs/training.md excludes it."""
+    ours, plain = random_pair(8, head)
+    as_given, excluded = losses_with_pads(ours, plain)
+    assert abs(as_given[0] - as_given[1]) > 1e-2
+    near(excluded[0], excluded[1], head)
+    for loss in excluded:
+        loss.backward()
+    same_gradients(ours, plain)
 
 
 def test_texts_in_a_row(kernels: Vendor) -> None:
