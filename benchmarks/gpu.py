@@ -66,10 +66,11 @@ class Tests:
     """The tests of one framework, begun; what they say stands in a file line by line."""
 
     def __init__(self, framework: str, folder: Path, full: bool, platforms: str) -> None:
-        self.start = time.monotonic()
+        self.start, self.full = time.monotonic(), full
         self.log = folder / f"test_{framework}.txt"
         wanted = "gpu" if full else "gpu and not full"
-        pytest = [sys.executable, "-m", "pytest", "-v", "--color=no", "-m", wanted]
+        # What versions that were never tried warn of is no disagreement.
+        pytest = [sys.executable, "-m", "pytest", "-v", "--color=no", "-W", "default", "-m", wanted]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [*pytest, f"tests/gpu/test_{framework}.py"],
@@ -97,6 +98,7 @@ class Tests:
             "skipped": outcomes.count("SKIPPED"),
             "seconds": time.monotonic() - self.start,
             "cut": cut,
+            "full": self.full,
         }
 
 
@@ -130,6 +132,7 @@ class Run:
         begun = {
             name: Tests(name, options.results, options.full, self._platforms())
             for name in options.framework
+            if not (options.resume and self._passed(name))
         }
         limit = Budget(seconds)
         for name, tests in begun.items():
@@ -140,10 +143,21 @@ class Run:
         ran = all(each["passed"] or each["cut"] for each in found) or not self.device.is_cuda
         return ran and not any(each["failed"] for each in found)
 
+    def _passed(self, framework: str) -> bool:
+        """Whether an earlier run ended with nothing to run again."""
+        found = self.results.tests.get(framework)
+        return bool(
+            found
+            and not found["failed"]
+            and not found["cut"]
+            and found["full"] >= self.options.full
+        )
+
     def card(self) -> None:
-        self.results.card = measure_card(self.device)
-        self.device.free()
-        self.write()
+        if not (self.options.resume and self.results.card):
+            self.results.card = measure_card(self.device)
+            self.device.free()
+            self.write()
         print(gpu_jobs_report.card(self.results), flush=True)
 
     def part(self, part: Part) -> Iterator[Case]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -98,19 +100,20 @@ class Results:
     def opened(cls, path: Path, environment: Mapping[str, Any]) -> Self:
         """Those of a file, to be added to; none where there is no file yet.
 
-        Raises:
-            SystemExit: the file's cases come from another machine, or from other versions.
+        A file of another machine, or of other versions, is moved away: a run that begins on a machine
+        which is lent for minutes must not end there.
         """
         if not path.exists():
             return cls(dict(environment))
         found = cls.read(path)
         expected, there = ({key: x[key] for key in SAME} for x in (environment, found.environment))
-        if there != expected:
-            raise SystemExit(
-                f"{path}: expected figures of {expected}, found those of {there}. Move the file away, "
-                "or name another folder with --results."
-            )
-        return found
+        if there == expected:
+            return found
+        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+        away = next(name for name in names if not name.exists())
+        path.rename(away)
+        print(f"{path}: figures of {there}, not of {expected}: now {away}", file=sys.stderr)
+        return cls(dict(environment))
 
     def add(self, case: Case) -> None:
         """Puts a case in the place of the same one of an earlier run."""

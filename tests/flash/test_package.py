@@ -167,6 +167,18 @@ def test_generated_tokens(calls: Counter[str], name: str, where: str, strategy: 
     assert calls["varlen_fwd"]
 
 
+@pytest.mark.parametrize("where", ["left", "none"])
+def test_generated_from_a_past(calls: Counter[str], where: str) -> None:
+    ours, plain = pair()
+    mask, found = torch.tensor(MASKS[where]), []
+    for model in (ours, plain):
+        past = model(tokens(2)[:, :4], attention_mask=mask[:, :4]).past_key_values
+        options = {"past_key_values": past, "max_new_tokens": 3, "eos_token_id": None}
+        found.append(model.generate(tokens(2), attention_mask=mask, **options).tolist())
+    assert found[0] == found[1]
+    assert calls.total() == 4 * ours.config.num_hidden_layers
+
+
 @pytest.mark.parametrize("where", MASKS)
 @pytest.mark.parametrize("shape", ["pre-norm", "opt-350m"])
 def test_classification(calls: Counter[str], shape: str, where: str) -> None:
@@ -237,7 +249,7 @@ def test_half_precision(calls: Counter[str], monkeypatch: pytest.MonkeyPatch) ->
     exact = OPTForCausalLM.from_pretrained(case("pre_norm").folder, attn_implementation="eager")
     mask = torch.tensor(MASKS["left"])
     found, other, expected = (
-        model(tokens(2), attention_mask=mask).logits[mask == 1].float()
+        model(tokens(2), attention_mask=mask).logits[mask == 1].detach().float()
         for model in (ours, plain, exact)
     )
     errors = [float((x - expected).abs().max()) for x in (found, other)]

@@ -141,6 +141,26 @@ def test_a_card_of_which_no_test_has_passed(tmp_path: Path, monkeypatch) -> None
     assert not run.tests()
 
 
+def test_resuming_runs_the_tests_that_are_missing(tmp_path: Path, monkeypatch) -> None:
+    run, begun = run_of(tmp_path, monkeypatch, "--resume"), []
+    good = {"passed": 9, "failed": 0, "skipped": 0, "seconds": 1.0, "cut": False, "full": False}
+    monkeypatch.setattr(
+        gpu,
+        "Tests",
+        lambda name, *_: begun.append(name) or SimpleNamespace(finish=lambda seconds: good),
+    )
+    for earlier, full, expected in (
+        ({}, False, ["torch", "flax"]),
+        ({"torch": good}, False, ["flax"]),
+        ({"torch": good, "flax": {**good, "cut": True}}, False, ["flax"]),
+        ({"torch": {**good, "failed": 1}, "flax": good}, False, ["torch"]),
+        ({"torch": good, "flax": {**good, "full": True}}, True, ["torch"]),
+    ):
+        begun.clear()
+        run.results.tests, run.options.full = dict(earlier), full
+        assert run.tests() and begun == expected
+
+
 TESTED = """
 import time, pytest
 pytestmark = pytest.mark.gpu
