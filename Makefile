@@ -33,7 +33,8 @@ test-slow: $(READY)  ## the tests that take more than a minute each, and those t
 	$(BIN)/python tests/run.py --slow
 
 test-flash: $(ENVIRONMENTS)/flash/.ready  ## the flash_attn package itself on a CPU, in Triton's interpreter (about five minutes)
-	TRITON_INTERPRET=1 FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE $(ENVIRONMENTS)/flash/bin/python -m pytest -m flash tests/flash
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE \
+		$(ENVIRONMENTS)/flash/bin/python -m pytest -m flash tests/flash
 
 oracle: $(READY) $(PEERS_READY)  ## compare live with transformers 4.37.2, 4.57.1, 5.23 and CTranslate2
 	OPT_ZOO_PEERS=$(ENVIRONMENTS) $(BIN)/python -m pytest -m oracle tests/oracle
