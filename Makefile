@@ -5,7 +5,7 @@
 PYTHON ?= python3
 ORACLE_PYTHON ?= $(PYTHON)
 GPU_PYTHON ?= $(PYTHON)
-GPU_RESULTS := benchmarks/results/gpu
+GPU_RESULTS ?= benchmarks/results/gpu
 VENV ?= .venv
 ENVIRONMENTS ?= .cache/oracle
 
@@ -18,7 +18,7 @@ TRAINERS := hf457 hf5
 PEERS_READY := $(PEERS:%=$(ENVIRONMENTS)/%/.ready)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow oracle gpu golden lint format typecheck docs train-sums accuracy memory bench-decode bench-train generation-memory fuzz conversion wheel clean
+.PHONY: help demo test test-flash test-slow oracle gpu gpu-full golden lint format typecheck docs train-sums accuracy memory bench-decode bench-train generation-memory fuzz conversion wheel clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -32,19 +32,21 @@ test: $(READY)  ## lint, types and all tests, each backend in a process of its o
 test-slow: $(READY)  ## the tests that take more than a minute each, and those that compile much
 	$(BIN)/python tests/run.py --slow
 
+test-flash: $(ENVIRONMENTS)/flash/.ready  ## the flash_attn package itself on a CPU, in Triton's interpreter (about five minutes)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE \
+		$(ENVIRONMENTS)/flash/bin/python -m pytest -m flash tests/flash
+
 oracle: $(READY) $(PEERS_READY)  ## compare live with transformers 4.37.2, 4.57.1, 5.23 and CTranslate2
 	OPT_ZOO_PEERS=$(ENVIRONMENTS) $(BIN)/python -m pytest -m oracle tests/oracle
 	$(BIN)/python docs/make_numerics.py
 
-gpu:  ## on a machine with a CUDA GPU, in GPU_PYTHON as it is: its tests, then its benchmarks, all of them
-	@mkdir -p $(GPU_RESULTS); failed=0; run() { echo "$$@"; "$$@" || failed=1; }; \
-	for backend in torch flax; do \
-		run $(GPU_PYTHON) -m pytest -m gpu tests/gpu/test_$$backend.py --junitxml $(GPU_RESULTS)/test_$$backend.xml; \
-	done; \
-	run $(GPU_PYTHON) benchmarks/flash_attention.py --json $(GPU_RESULTS)/flash_attention.json --plot $(GPU_RESULTS)/flash_attention.png; \
-	run $(GPU_PYTHON) benchmarks/gpu.py --json $(GPU_RESULTS)/gpu.json; \
-	run $(GPU_PYTHON) docs/make_performance.py; \
-	exit $$failed
+gpu:  ## on a machine with a CUDA GPU, in GPU_PYTHON as it is: what tells most, in eight minutes
+	$(GPU_PYTHON) benchmarks/gpu.py --budget 460 --results $(GPU_RESULTS) $(GPU_OPTIONS); failed=$$?; \
+	$(GPU_PYTHON) docs/make_performance.py && exit $$failed
+
+gpu-full:  ## all tests and benchmarks of a GPU
+	$(GPU_PYTHON) benchmarks/gpu.py --full --results $(GPU_RESULTS) $(GPU_OPTIONS); failed=$$?; \
+	$(GPU_PYTHON) docs/make_performance.py && exit $$failed
 
 golden: $(ENVIRONMENTS)/hf437/.ready  ## remake the golden files with transformers 4.37.2
 	for script in tests/golden/make_*.py; do $(ENVIRONMENTS)/hf437/bin/python $$script || exit 1; done
@@ -106,6 +108,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(READY): $(INSTALLED)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all-cpu,dev]'
+	@touch $@
+
+# Another Triton than PyTorch asks for: newer ones refuse the package's kernels. Of the package only Python is
+# built; its Triton kernels are said to be for AMD.
+$(ENVIRONMENTS)/flash/.ready: tests/flash/requirements.txt tests/flash/requirements-kernels.txt
+	@test ! -e $(@D) -o -e $(@D)/pyvenv.cfg || { echo "$(@D) is no environment: move it away, or set ENVIRONMENTS"; exit 1; }
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -r tests/flash/requirements.txt
+	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_TRITON_AMD_ENABLE=TRUE \
+		$(@D)/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -r tests/flash/requirements-kernels.txt
 	@touch $@
 
 $(ENVIRONMENTS)/%/.ready: tests/oracle/requirements-%.txt

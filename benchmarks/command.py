@@ -30,8 +30,11 @@ def argument_parser(
 
 
 def write_json(path: Path, found: Mapping[str, Any]) -> None:
+    """Whoever is killed meanwhile leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(found, indent=1) + "\n")
+    new.replace(path)
 
 
 def environment() -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `benchmarks/flash_attention.py` found, as a table and as a picture."""
+"""What `benchmarks/gpu.py` found of pure inference, as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -88,7 +88,10 @@ def write_plot(cases: Sequence[Case], path: Path) -> None:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        print("No picture: matplotlib is missing. Draw it later with --from-json.", file=sys.stderr)
+        print(
+            "No picture: matplotlib is missing. docs/make_performance.py draws it later.",
+            file=sys.stderr,
+        )
         return
     sizes = sorted({case.size for case in cases})
     lengths = sorted({case.length for case in cases})

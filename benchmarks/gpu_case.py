@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +18,12 @@ from benchmarks.contest import ratio
 #: The first word of every contestant's name that is not ours.
 PEER = "transformers"
 #: What must be alike in all runs that write one file.
-SAME = ("card", "dtype", "versions")
+SAME = ("card", "versions")
+#: Why a case was not measured, or a contestant of it, in this run; `absent` says so.
+OUT_OF_TIME = "not measured: out of time"
+LEFT_OUT = "not measured: left to make gpu-full"
+FAILED = "failed: "
+EVERYONE = "everyone"
 #: What is said of a device that tells no bytes: those of a CPU, and of JAX.
 Memory = int | None
 
@@ -60,6 +67,10 @@ class Case:
         """What tells it from others."""
         return self.section, self.size, self.length, self.padded, self.batch, self.framework
 
+    def lacks(self, *reasons: str) -> bool:
+        """Whether someone was not measured for one of these reasons."""
+        return any(why.startswith(reasons) for why in self.absent.values())
+
     def timed(self, name: str) -> bool:
         return name in self.entries and bool(self.entries[name].seconds)
 
@@ -72,35 +83,37 @@ class Case:
 
 @dataclass
 class Results:
-    """The cases of one machine; `card` holds what its GPU reaches, in units per second."""
+    """What one machine gave; `card` holds what its GPU reaches, in units per second."""
 
     environment: dict[str, Any]
     card: dict[str, float] = field(default_factory=dict)
     cases: list[Case] = field(default_factory=list)
+    tests: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each framework
 
     @classmethod
     def read(cls, path: Path) -> Self:
         found = json.loads(path.read_text("utf-8"))
         cases = [Case.from_json(each) for each in found["cases"]]
-        return cls(found["environment"], found["card"], cases)
+        return cls(found["environment"], found["card"], cases, found["tests"])
 
     @classmethod
-    def opened(cls, path: Path | None, environment: Mapping[str, Any]) -> Self:
+    def opened(cls, path: Path, environment: Mapping[str, Any]) -> Self:
         """Those of a file, to be added to; none where there is no file yet.
 
-        Raises:
-            SystemExit: the file's cases come from another machine, or from other versions.
+        A file of another machine, or of other versions, is moved away: a run that begins on a machine
+        which is lent for minutes must not end there.
         """
-        if path is None or not path.exists():
+        if not path.exists():
             return cls(dict(environment))
         found = cls.read(path)
         expected, there = ({key: x[key] for key in SAME} for x in (environment, found.environment))
-        if there != expected:
-            raise SystemExit(
-                f"{path}: expected figures of {expected}, found those of {there}. Move the file away, "
-                "or name another with --json."
-            )
-        return found
+        if there == expected:
+            return found
+        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+        away = next(name for name in names if not name.exists())
+        path.rename(away)
+        print(f"{path}: figures of {there}, not of {expected}: now {away}", file=sys.stderr)
+        return cls(dict(environment))
 
     def add(self, case: Case) -> None:
         """Puts a case in the place of the same one of an earlier run."""
@@ -109,9 +122,12 @@ class Results:
     def of(self, section: str) -> list[Case]:
         return [case for case in self.cases if case.section == section]
 
-    def write(self, path: Path | None) -> None:
-        if path is not None:
-            write_json(path, asdict(self))
+    def find(self, case: Case) -> Case | None:
+        """The same one, of an earlier run."""
+        return next((each for each in self.cases if each.key == case.key), None)
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
 
 
 def differing(cases: Iterable[Case]) -> list[str]:

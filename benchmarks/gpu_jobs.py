@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,19 +13,105 @@ import torch
 from torch import Tensor
 
 from benchmarks.contest import agreement, logits_error
-from benchmarks.gpu_case import PEER, Case
+from benchmarks.gpu_case import PEER, Case, Memory
 from benchmarks.gpu_device import TorchDevice
-from benchmarks.gpu_models import ours, random_tokens, random_weights, theirs
-from benchmarks.gpu_race import Contestant, Makers, compete
-from benchmarks.gpu_table import COMPARED_ROWS, LIMITS, ROUNDED_LIMITS, Job, config_of
+from benchmarks.gpu_models import (
+    PAD,
+    Weights,
+    first_attention,
+    ours,
+    random_tokens,
+    random_weights,
+    theirs,
+)
+from benchmarks.gpu_race import Contestant, Distance, Makers
+from benchmarks.gpu_table import (
+    COMPARED_ROWS,
+    JOBS,
+    LIMITS,
+    ROUNDED_LIMITS,
+    config_of,
+    new_tokens,
+)
 from opt_core import OPTConfig
 
-DTYPE = "bfloat16"
 FLASH = "flash_attention_2"
+ATTENTIONS = ("eager", "sdpa", FLASH)
 GROWING: Mapping[str, Any] = {}
 STATIC: Mapping[str, Any] = {"cache_implementation": "static"}
 #: Of AdamW, so small that the weights stay where they are.
 LEARNING_RATE = 1e-7
+
+
+def dtype_of(section: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, JOBS[section].dtype)
+    return found
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the models are given."""
+
+    ids: Tensor  # [B, T]
+    mask: Tensor | None  # [B, T], None where all tokens are real
+
+    @classmethod
+    def random(
+        cls, config: OPTConfig, batch: int, length: int, padded: bool, device: torch.device
+    ) -> Batch:
+        ids = random_tokens(config, batch, length, device)
+        if not padded:
+            return cls(ids, None)
+        mask = torch.ones_like(ids)
+        mask[: (batch + 1) // 2, : length // 4] = 0
+        return cls(ids.masked_fill(mask == 0, PAD), mask)
+
+    @torch.no_grad()
+    def logits(self, model: Any) -> Tensor:
+        """[B, T, V]"""
+        return model(input_ids=self.ids, attention_mask=self.mask, use_cache=False).logits
+
+    def real_logits(self, model: Any) -> Tensor:
+        """[tokens, V], of real tokens."""
+        logits = self.logits(model)
+        return logits.flatten(0, 1) if self.mask is None else logits[self.mask == 1]
+
+
+def relative_distance(expected: Tensor, found: Tensor) -> float:
+    """The largest difference over the largest number."""
+    return float((found - expected).abs().max().float() / expected.abs().max().float())
+
+
+class Inference:
+    """Models of one size with each attention, ours and transformers', which share their weights."""
+
+    def __init__(self, size: str, device: TorchDevice) -> None:
+        self.device = device
+        config = config_of(size)
+        weights = random_weights(config, dtype_of("inference"), device.device)
+        self.builders = {
+            f"{whose}{attention}": cache(partial(build, config, weights, attention))
+            for whose, build in {"": ours, f"{PEER} ": theirs}.items()
+            for attention in ATTENTIONS
+        }
+
+    def makers(self, case: Case) -> Makers:
+        """All models on the batch of a case."""
+        shape = (case.length, case.padded, self.device.device)
+        batch = Batch.random(config_of(case.size), case.batch, *shape)
+        compared = Batch.random(config_of(case.size), COMPARED_ROWS, *shape)
+
+        def make(build: Callable[[], Any]) -> Contestant:
+            model = build()
+
+            def memory() -> Memory:
+                run = partial(batch.logits, model)
+                return self.device.peak_of_module(first_attention(model), run)
+
+            answer, limit = partial(compared.real_logits, model), LIMITS[JOBS[case.section].dtype]
+            return Contestant(answer, partial(batch.logits, model), limit, memory)
+
+        return {name: partial(make, build) for name, build in self.builders.items()}
 
 
 class Decoded(NamedTuple):
@@ -48,14 +135,14 @@ def decoded_distance(expected: Decoded, found: Decoded) -> float:
 class Decoding:
     """Greedy decoding of one size: who takes part with which options."""
 
-    def __init__(self, case: Case, job: Job, device: TorchDevice) -> None:
-        self.config = config_of(case.size)
-        self.device, self.new = device, job.new
+    def __init__(self, case: Case, device: TorchDevice) -> None:
+        self.config, self.dtype = config_of(case.size), JOBS[case.section].dtype
+        self.device, self.new = device, new_tokens(case.section, case.size)
         self.prompts = random_tokens(self.config, case.batch, case.length, device.device)
         self.weights = self._random_weights()
 
-    def _random_weights(self) -> Any:
-        return random_weights(self.config, getattr(torch, DTYPE), self.device.device)
+    def _random_weights(self) -> Weights:
+        return random_weights(self.config, getattr(torch, self.dtype), self.device.device)
 
     def contestant(
         self,
@@ -65,7 +152,7 @@ class Decoding:
         options: Mapping[str, Any] = GROWING,
     ) -> Contestant:
         """One that decodes with these options of `generate`, with weights rounded to so many bits."""
-        limit, weights = LIMITS[DTYPE], self.weights
+        limit, weights = LIMITS[self.dtype], self.weights
         if rounded is not None:
             limit, weights = ROUNDED_LIMITS[rounded], self._random_weights()  # which are given up
         model = build(self.config, weights, attention)
@@ -97,9 +184,9 @@ class Decoding:
         )
 
 
-def run_decode(case: Case, job: Job, device: TorchDevice, rounds: int) -> None:
+def decode(case: Case, device: TorchDevice) -> tuple[Makers, Distance]:
     """Tokens after a short prompt: step by step, with graphs, with rounded weights."""
-    make = Decoding(case, job, device).contestant
+    make = Decoding(case, device).contestant
     makers: Makers = {
         "ours": partial(make, ours),
         "ours static": partial(make, ours, options=STATIC),
@@ -108,19 +195,19 @@ def run_decode(case: Case, job: Job, device: TorchDevice, rounds: int) -> None:
         PEER: partial(make, theirs),
         f"{PEER} static": partial(make, theirs, options=STATIC),
     }
-    compete(case, makers, decoded_distance, device, rounds)
+    return makers, decoded_distance
 
 
-def run_prefill(case: Case, job: Job, device: TorchDevice, rounds: int) -> None:
+def prefill(case: Case, device: TorchDevice) -> tuple[Makers, Distance]:
     """The first token after a long prompt."""
-    make = Decoding(case, job, device).contestant
+    make = Decoding(case, device).contestant
     makers: Makers = {
         "ours": partial(make, ours),
         "ours flash": partial(make, ours, FLASH),
         PEER: partial(make, theirs),
         f"{PEER} flash": partial(make, theirs, FLASH),
     }
-    compete(case, makers, decoded_distance, device, rounds)
+    return makers, decoded_distance
 
 
 class Training:
@@ -129,7 +216,7 @@ class Training:
     def __init__(self, case: Case, device: TorchDevice) -> None:
         self.config = config_of(case.size)
         self.tokens = random_tokens(self.config, case.batch, case.length, device.device)
-        self.weights = random_weights(self.config, getattr(torch, DTYPE), device.device)
+        self.weights = random_weights(self.config, dtype_of("training"), device.device)
         self.optimizer = torch.optim.AdamW(self.weights.values(), lr=LEARNING_RATE, fused=True)
 
     def contestant(self, build: Callable[..., Any], attention: str) -> Contestant:
@@ -150,7 +237,7 @@ class Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-        return Contestant(answer, run, LIMITS[DTYPE])
+        return Contestant(answer, run, LIMITS[JOBS["training"].dtype])
 
     def _backward(self, model: Any, tokens: Tensor) -> Tensor:
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -163,7 +250,7 @@ def largest_relative(expected: Tensor, found: Tensor) -> float:
     return float(((found - expected).abs() / expected.abs()).max())
 
 
-def run_training(case: Case, job: Job, device: TorchDevice, rounds: int) -> None:
+def training(case: Case, device: TorchDevice) -> tuple[Makers, Distance]:
     """Forward and backward pass and a step of the optimizer."""
     make = Training(case, device).contestant
     makers: Makers = {
@@ -172,11 +259,21 @@ def run_training(case: Case, job: Job, device: TorchDevice, rounds: int) -> None
         PEER: partial(make, theirs, "sdpa"),
         f"{PEER} flash": partial(make, theirs, FLASH),
     }
-    compete(case, makers, largest_relative, device, rounds)
+    return makers, largest_relative
 
 
-RUNNERS: Mapping[str, Callable[[Case, Job, TorchDevice, int], None]] = {
-    "decode": run_decode,
-    "prefill": run_prefill,
-    "training": run_training,
+#: The models of one size at a time.
+models_of = lru_cache(maxsize=1)(Inference)
+
+
+def inference(case: Case, device: TorchDevice) -> tuple[Makers, Distance]:
+    """One forward pass without gradients and cache."""
+    return models_of(case.size, device).makers(case), relative_distance
+
+
+CONTESTS: Mapping[str, Callable[[Case, TorchDevice], tuple[Makers, Distance]]] = {
+    "inference": inference,
+    "decode": decode,
+    "prefill": prefill,
+    "training": training,
 }

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `benchmarks/gpu.py` found, as tables."""
+"""What `benchmarks/gpu.py` found of decoding, prefill and training, as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from benchmarks.gpu_case import PEER, Case, Results
-from benchmarks.gpu_report import FRAMEWORKS, reasons
+from benchmarks.gpu_report import reasons
 from benchmarks.gpu_table import (
+    DECODERS,
     FLAX_TARGET,
-    JOBS,
+    FRAMEWORKS,
     PEER_TARGETS,
     SHARE_TARGETS,
-    TINY,
-    TINY_JOBS,
     WIDTHS,
     config_of,
     forward_operations,
+    new_tokens,
     step_bytes,
     training_operations,
 )
@@ -32,10 +32,6 @@ PEERS = {
 SHARES = {"decode": "of bandwidth", "prefill": "of products", "training": "of products"}
 
 
-def new_tokens(case: Case) -> int:
-    return (TINY_JOBS if case.size == TINY else JOBS)[case.section].new
-
-
 def width(name: str) -> float:
     """Bytes of a number in a contestant's matrices."""
     return next((WIDTHS[word] for word in name.split() if word in WIDTHS), WIDTHS["bfloat16"])
@@ -43,7 +39,7 @@ def width(name: str) -> float:
 
 def rate(case: Case, name: str) -> float:
     """Tokens per second: the new ones of decoding, else those given."""
-    tokens = new_tokens(case) if case.section == "decode" else case.length
+    tokens = new_tokens(case.section, case.size) if case.section == "decode" else case.length
     return case.batch * tokens / case.entries[name].median
 
 
@@ -53,7 +49,7 @@ def share(case: Case, name: str, card: dict[str, float]) -> float | None:
         return None
     config, seconds = config_of(case.size), case.entries[name].median
     if case.section == "decode":
-        work = new_tokens(case) * step_bytes(config, width(name))
+        work = new_tokens(case.section, case.size) * step_bytes(config, width(name))
         return work / seconds / max(card["copy"], card["read"])
     if case.section == "prefill":
         work = forward_operations(config, case.batch, case.length, head=False)
@@ -116,8 +112,7 @@ def card(results: Results) -> str:
 
 
 def _order(case: Case) -> tuple[int, int, bool]:
-    sizes = JOBS[case.section].sizes
-    place = sizes.index(case.size) if case.size in sizes else -1
+    place = DECODERS.index(case.size) if case.size in DECODERS else -1
     return place, case.length, case.framework != "torch"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tables of both benchmarks on a GPU are printed with: the machine, and who was not timed."""
+"""What the tables of `benchmarks/gpu.py` are printed with: tests, the machine, who was not timed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from benchmarks.gpu_case import Case, Results
-
-FRAMEWORKS = {"torch": "PyTorch", "flax": "JAX/Flax"}
+from benchmarks.gpu_table import FRAMEWORKS
 
 
 def machine(results: Results) -> str:
@@ -22,8 +21,19 @@ def machine(results: Results) -> str:
     return (
         f"- {', '.join(card)}; {found['processor']}, {found['system']}, Python {found['python']}.\n"
         f"- {', '.join(f'{name} {version}' for name, version in versions.items())}.\n"
-        f"- {found['dtype']}; FlashAttention is {flash}.\n"
+        f"- FlashAttention is {flash}.\n"
     )
+
+
+def tests(results: Results) -> str:
+    """What the tests of `tests/gpu` said, as a list of Markdown."""
+    lines = [
+        f"- Agreement, {FRAMEWORKS[name]}: {found['passed']} tests passed, {found['failed']} failed, "
+        f"{found['skipped']} skipped in {found['seconds']:.0f} s"
+        f"{', then the time was over' if found['cut'] else ''}.\n"
+        for name, found in results.tests.items()
+    ]
+    return "".join(lines)
 
 
 def reasons(cases: Iterable[Case]) -> str:

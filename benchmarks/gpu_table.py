@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes, jobs, limits and targets of `benchmarks/flash_attention.py` and `benchmarks/gpu.py`: data only."""
+"""Jobs, plans, sizes, limits and targets of `benchmarks/gpu.py`: data only."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
+from benchmarks.gpu_case import Case
 from opt_core import OPTConfig
 from opt_core.params import EMBEDDING_NAME, Kind, param_table
 
@@ -29,17 +30,6 @@ ROUNDED_LIMITS = {"int8": 0.2, "int4": 0.5}
 WIDTHS = {"float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
-@dataclass(frozen=True)
-class Inference:
-    """One forward pass without gradients and cache, as on the reference's page."""
-
-    sizes: tuple[str, ...]
-    lengths: tuple[int, ...]
-    batches: tuple[int, ...]
-
-
-INFERENCE = Inference(("opt-350m", "opt-2.7b"), (512, 2048), (1, 2, 4, 8, 16))
-TINY_INFERENCE = Inference((TINY,), (16, 32), (1, 2))
 #: The size and length of which the targets of `FLASH_TARGETS` speak.
 TARGET_SIZE, TARGET_LENGTH = "opt-2.7b", 2048
 #: How many times faster flash is to be than another, and how many times less attention's memory.
@@ -48,26 +38,100 @@ FLASH_TARGETS = {"eager": 2.5, "memory": 3.0, "transformers": 1.0}
 
 @dataclass(frozen=True)
 class Job:
-    """A section of `benchmarks/gpu.py`: rows of `length` tokens, `new` ones after each."""
+    """What is done in a section."""
 
     title: str
-    sizes: tuple[str, ...]
-    batch: int
-    lengths: tuple[int, ...]
-    new: int = 0
+    dtype: str
+    new: int = 0  # tokens after those of each row
 
 
-DECODERS = ("opt-125m", "opt-2.7b", "opt-6.7b")
 JOBS: Mapping[str, Job] = {
-    "decode": Job("decoding, batch 1", DECODERS, 1, (32,), 64),
-    "prefill": Job("time to the first token", DECODERS, 1, (512, 2047), 1),
-    "training": Job("a training step", ("opt-1.3b",), 8, (2048,)),
+    "inference": Job("FlashAttention in pure inference", "float16"),
+    "decode": Job("decoding, batch 1", "bfloat16", 64),
+    "prefill": Job("time to the first token", "bfloat16", 1),
+    "training": Job("a training step", "bfloat16"),
 }
-TINY_JOBS: Mapping[str, Job] = {
-    "decode": Job("decoding, batch 1", (TINY,), 1, (8,), 6),
-    "prefill": Job("time to the first token", (TINY,), 1, (16, 31), 1),
-    "training": Job("a training step", (TINY,), 2, (32,)),
-}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cases that one process measures: all batches of each length, plain and padded."""
+
+    section: str
+    size: str
+    lengths: tuple[int, ...]  # tokens of each row; of decoding, of each prompt
+    batches: tuple[int, ...] = (1,)
+    padded: tuple[bool, ...] = (False,)
+    framework: str = "torch"
+    without: tuple[str, ...] = ()  # contestants that are left out
+    seconds: float = 30.0  # a case takes: with less time left it is not begun
+
+    def cases(self) -> list[Case]:
+        return [
+            Case(self.section, self.size, batch, length, padded, self.framework)
+            for length in self.lengths
+            for padded in self.padded
+            for batch in self.batches
+        ]
+
+
+#: Those that compile for long, or need what is seldom installed.
+SLOW = ("ours int8", "ours int4", "transformers static")
+#: What the plots do not show.
+UNSHOWN = ("transformers eager",)
+#: What tells most, in this order, for a few minutes on one card: the two plots of the reference's page,
+#: decoding, a training step, cuDNN's attention; then what there is time for.
+FIRST = (
+    Part("inference", "opt-2.7b", (2048, 512), (1, 4, 16), without=UNSHOWN, seconds=15),
+    Part("inference", "opt-350m", (2048, 512), (1, 4, 16), without=UNSHOWN, seconds=10),
+    Part("decode", "opt-125m", (32,), without=SLOW, seconds=20),
+    Part("decode", "opt-2.7b", (32,), without=SLOW),
+    Part("training", "opt-1.3b", (2048,), (8,)),
+    Part("prefill", "opt-125m", (2047,), framework="flax", seconds=40),
+    Part("prefill", "opt-125m", (2047,), seconds=15),
+    Part("inference", "opt-2.7b", (2048,), (4,), (True,), without=UNSHOWN, seconds=15),
+    Part("decode", "opt-125m", (32,), framework="flax", seconds=40),
+    Part("training", "opt-1.3b", (2048,), (8,), framework="flax", seconds=60),
+)
+FRAMEWORKS = {"torch": "PyTorch", "flax": "JAX/Flax"}
+DECODERS = ("opt-125m", "opt-2.7b", "opt-6.7b")
+FULL = (
+    *(
+        Part("inference", size, (512, 2048), (1, 2, 4, 8, 16), padded=(False, True))
+        for size in ("opt-350m", "opt-2.7b")
+    ),
+    *(Part("decode", size, (32,), framework=name) for size in DECODERS for name in FRAMEWORKS),
+    *(
+        Part("prefill", size, (512, 2047), framework=name)
+        for size in DECODERS
+        for name in FRAMEWORKS
+    ),
+    *(Part("training", "opt-1.3b", (2048,), (8,), framework=name) for name in FRAMEWORKS),
+)
+#: Lengths and new tokens of the small model, whose rows are short.
+TINY_LENGTHS = {32: 8, 512: 16, 2047: 31, 2048: 32}
+TINY_NEW = 6
+
+
+def tiny(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """The same with the small model, for a trial; each once."""
+    small = (
+        replace(
+            part,
+            size=TINY,
+            lengths=tuple(TINY_LENGTHS[length] for length in part.lengths),
+            batches=part.batches[:2],
+        )
+        for part in parts
+    )
+    return tuple({(part.section, part.framework, part.padded): part for part in small}.values())
+
+
+def new_tokens(section: str, size: str) -> int:
+    """How many tokens a case generates for each row."""
+    return min(JOBS[section].new, TINY_NEW) if size == TINY else JOBS[section].new
+
+
 #: Steps whose loss and gradients are compared have so many rows; so have passes whose logits are.
 COMPARED_ROWS = 2
 #: How many times faster the fastest of ours is to be than the peer's own way, by section and size.

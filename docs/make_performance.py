@@ -2,6 +2,8 @@
 """Writes the tables of docs/performance.md and README.md from what has been measured.
 
 python docs/make_performance.py   # after `make bench-decode`, `bench-train`, `generation-memory`, `gpu`
+
+What a run on a GPU left may come from another machine, and may be a part: there is a table for what is there.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from benchmarks.decode_report import Race, errors_table, job_table, peers_table,
 from benchmarks.decode_table import JOBS, SIZES, TITLES
 from benchmarks.gpu_case import Results
 from benchmarks.gpu_report import machine as gpu_machine
+from benchmarks.gpu_report import tests as gpu_tests
 from benchmarks.gpu_table import JOBS as GPU_JOBS
 from benchmarks.tables import markdown
 from docs.make_numerics import BEGIN, replace_block
@@ -99,24 +102,30 @@ def memory(cases: Sequence[Mapping[str, Any]]) -> str:
     return markdown(rows)
 
 
+def gpu_results(folder: Path) -> Results | None:
+    """What was measured on a GPU, if anything was; a trial on a CPU is nothing."""
+    path = folder / "gpu.json"
+    results = Results.read(path) if path.exists() else None
+    return results if results and "cuda" in results.environment else None
+
+
 def gpu(folder: Path) -> dict[str, str]:
     """The block of what was measured on a GPU; none, so that the page stays as it is, if nothing was."""
-    parts = []
-    flash, jobs = folder / "flash_attention.json", folder / "gpu.json"
-    if flash.exists():
-        results = Results.read(flash)
-        parts += ["### FlashAttention in pure inference\n"]
-        if (folder / GPU_PICTURE).exists():
-            link = f"../{(folder / GPU_PICTURE).relative_to(ROOT).as_posix()}"
-            parts += [f"![Speed-ups over plain operations]({link})\n"]
-        parts += [flash_report.report(results.of("inference")), gpu_machine(results)]
-    if jobs.exists():
-        results = Results.read(jobs)
-        for section, job in GPU_JOBS.items():
-            if cases := results.of(section):
-                parts += [f"### On a GPU: {job.title}\n", gpu_jobs_report.report(results, cases)]
-        parts += [f"{gpu_jobs_report.card(results)}{gpu_machine(results)}"]
-    return {"gpu": "\n".join(parts)} if parts else {}
+    results = gpu_results(folder)
+    if results is None:
+        return {}
+    parts = [f"{gpu_tests(results)}{gpu_jobs_report.card(results)}{gpu_machine(results)}"]
+    for section, job in GPU_JOBS.items():
+        if cases := results.of(section):
+            parts += [f"### On a GPU: {job.title}, {job.dtype}\n"]
+            if section == "inference":
+                if (folder / GPU_PICTURE).exists():
+                    link = f"../{(folder / GPU_PICTURE).relative_to(ROOT).as_posix()}"
+                    parts += [f"![Speed-ups over plain operations]({link})\n"]
+                parts += [flash_report.report(cases)]
+            else:
+                parts += [gpu_jobs_report.report(results, cases)]
+    return {"gpu": "\n".join(parts)}
 
 
 def blocks() -> dict[str, str]:
@@ -149,6 +158,9 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> None:
+    results = gpu_results(GPU_RESULTS)
+    if results and results.of("inference"):
+        flash_report.write_plot(results.of("inference"), GPU_RESULTS / GPU_PICTURE)
     for page, text in pages().items():
         page.write_text(text, "utf-8")
 

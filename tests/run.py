@@ -130,7 +130,7 @@ def parts(slow: bool) -> dict[str, list[str]]:
             for backend in BACKENDS
         }
         return {"neutral": [*pytest, "slow", *neutral], **longest, **programs}
-    pytest.append("not (hub or gpu or oracle or slow)")
+    pytest.append("not (flash or gpu or hub or oracle or slow)")
     commands = {
         "ruff": [*python, "ruff", "check", "."],
         "format": [*python, "ruff", "format", "--check", "."],

@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A job of `benchmarks/gpu.py` in JAX: `python gpu_flax.py REQUEST` prints the case, as JSON.
-
-REQUEST is {"case": ..., "job": ..., "rounds": ...} of `Case`, `Job` and the number of rounds.
-"""
+"""Cases of `benchmarks/gpu.py` in JAX: `python gpu_flax.py REQUEST`; see `gpu_race.serve`."""
 
 from __future__ import annotations
 
-import json
+import gc
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_case import Case
-from benchmarks.gpu_race import Contestant, Makers, compete
-from benchmarks.gpu_table import COMPARED_ROWS, LIMITS, Job, config_of
+from benchmarks.gpu_race import Contestant, Distance, Makers, Request, serve
+from benchmarks.gpu_table import COMPARED_ROWS, LIMITS, config_of, new_tokens
 from opt_core import UnsupportedError
 from opt_flax import FlaxOPTForCausalLM
 
@@ -46,7 +42,7 @@ class JaxDevice:
         jax.block_until_ready(call())
 
     def free(self) -> None:
-        """Nothing: the process ends soon."""
+        gc.collect()
 
 
 class Models:
@@ -138,20 +134,17 @@ class Training:
         return (self.update(params, changes), moments, key), loss
 
 
-def makers(case: Case, job: Job) -> Makers:
+def contest(case: Case) -> tuple[Makers, Distance]:
     """With attention as it comes, and with cuDNN's."""
     models = Models(case)
-    make = partial(generating, models, job.new)
+    make = partial(generating, models, new_tokens(case.section, case.size))
     if case.section == "training":
         make = Training(models).contestant
-    return {"ours": partial(make, None), "ours cudnn": partial(make, "cudnn")}
+    return {"ours": partial(make, None), "ours cudnn": partial(make, "cudnn")}, relative_distance
 
 
 def main() -> None:
-    request = json.loads(sys.argv[1])
-    case, job = Case(**request["case"]), Job(**request["job"])
-    compete(case, makers(case, job), relative_distance, JaxDevice(), request["rounds"])
-    print(json.dumps(asdict(case)))
+    serve(Request.read(sys.argv[1]), contest, JaxDevice())
 
 
 if __name__ == "__main__":

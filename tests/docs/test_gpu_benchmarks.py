@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -13,12 +14,17 @@ from typing import Any
 import pytest
 
 from benchmarks import flash_report, gpu_jobs_report
-from benchmarks.gpu_case import Case, Entry, Results, differing
-from benchmarks.gpu_race import MOST_CALLS, Contestant, compete
+from benchmarks.gpu_case import EVERYONE, LEFT_OUT, OUT_OF_TIME, Case, Entry, Results, differing
+from benchmarks.gpu_race import MOST_CALLS, Budget, Contestant, Request, compete, serve
 from benchmarks.gpu_table import (
+    FIRST,
+    FULL,
+    JOBS,
+    TINY,
     config_of,
     forward_operations,
     step_bytes,
+    tiny,
     training_operations,
 )
 from docs import make_performance
@@ -50,8 +56,14 @@ def fail(error: Exception) -> Contestant:
     raise error
 
 
-def run(case: Case, makers: dict[str, Callable[[], Contestant]]) -> None:
-    compete(case, makers, lambda expected, found: abs(found - expected), Clock(), 3)
+def distance(expected: float, found: float) -> float:
+    return abs(found - expected)
+
+
+def run(
+    case: Case, makers: dict[str, Callable[[], Contestant]], seconds: float | None = None
+) -> None:
+    compete(case, makers, distance, Clock(), 3, Budget(seconds))
 
 
 def test_who_differs_or_cannot_run_is_not_timed() -> None:
@@ -107,6 +119,67 @@ def test_short_calls_are_repeated() -> None:
     assert case.entries["ours"].seconds == pytest.approx([1e-4] * 3)
 
 
+class Watch(Clock):
+    """The clock of all of them: contestants take as long as they say."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("benchmarks.gpu_race.time.monotonic", lambda: self.now)
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        self.now += call()
+        return call()
+
+
+def test_when_the_time_is_over_nobody_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before counts."""
+    everyone = {name: partial(contestant, 1.0, 1.0) for name in ("eager", "sdpa")}
+    for seconds, rounds in ((3.5, 0), (5.5, 1), (6.5, 2), (1000, 3)):
+        case, watch = Case("inference", "opt-350m", 2, 512), Watch(monkeypatch)
+        compete(case, everyone, distance, watch, 3, Budget(seconds))
+        assert len(case.entries["eager"].seconds) == rounds if rounds else not case.entries
+        assert case.absent == ({} if rounds else dict.fromkeys(everyone, OUT_OF_TIME))
+    case = Case("inference", "opt-350m", 2, 512)
+    compete(case, everyone, distance, Watch(monkeypatch), 3, Budget(4.5))
+    assert [*case.entries] == ["eager"] and case.absent == {"sdpa": OUT_OF_TIME}
+    case = Case("inference", "opt-350m", 2, 512, absent={"other": LEFT_OUT})
+    run(case, everyone, 0.0)
+    assert case.absent == {"other": LEFT_OUT, **dict.fromkeys(everyone, OUT_OF_TIME)}
+
+
+def test_a_worker_tells_each_case_and_skips_what_does_not_fit(monkeypatch, capsys) -> None:
+    watch = Watch(monkeypatch)
+    cases = [Case("decode", "opt-125m", 1, length) for length in (1, 2, 3)]
+    request = Request(cases, ("slow", "unknown"), 1, 5.0, 7.0, "cpu")
+    everyone = {"ours": partial(contestant, 1.0), "slow": partial(fail, AssertionError("made"))}
+    serve(Request.read(str(request)), lambda case: (everyone, distance), watch)
+    lines = capsys.readouterr().out.splitlines()
+    found = [Case.from_json(json.loads(line)) for line in lines]
+    assert [case.key for case in found] == [case.key for case in cases]
+    assert found[0].timed("ours") and found[0].absent == {"slow": LEFT_OUT}
+    assert [case.absent for case in found[1:]] == [{EVERYONE: OUT_OF_TIME}] * 2
+    assert found[1].lacks(OUT_OF_TIME) and not found[0].lacks(OUT_OF_TIME)
+
+
+def test_the_first_minutes_are_a_part_of_everything() -> None:
+    keys = [[case.key for part in plan for case in part.cases()] for plan in (FIRST, FULL)]
+    assert len(set(keys[0])) == len(keys[0]) and len(set(keys[1])) == len(keys[1])
+    assert {*keys[0]} < {*keys[1]}
+    assert not any(part.without for part in FULL)
+    assert {part.section for part in FIRST} == JOBS.keys()
+    shown = {(c.size, c.length) for part in FIRST[:2] for c in part.cases() if not c.padded}
+    assert shown == {(size, n) for size in ("opt-350m", "opt-2.7b") for n in (512, 2048)}
+
+
+def test_a_trial_has_each_part_once() -> None:
+    for plan in (FIRST, FULL):
+        cases = [case for part in tiny(plan) for case in part.cases()]
+        assert len({case.key for case in cases}) == len(cases)
+        assert {case.size for case in cases} == {TINY}
+        limit = config_of(TINY).max_position_embeddings
+        assert all(case.length + JOBS[case.section].new // 10 < limit for case in cases)
+
+
 ENVIRONMENT = {
     "processor": "a processor",
     "system": "Linux",
@@ -115,13 +188,13 @@ ENVIRONMENT = {
     "card_memory": 80 * 2**30,
     "cuda": "13.0",
     "versions": {"torch": "2.11"},
-    "dtype": "float16",
 }
 
 
 def test_runs_add_to_one_file(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "figures.json"
     results = Results.opened(path, ENVIRONMENT)
+    results.tests = {"torch": {"passed": 3}}
     results.card = {"copy": 1.0}
     results.add(Case("decode", "tiny", 1, 8, entries={"ours": Entry(0.0, seconds=[1.0])}))
     results.add(Case("decode", "tiny", 1, 8, framework="flax"))
@@ -130,10 +203,30 @@ def test_runs_add_to_one_file(tmp_path: Path) -> None:
     assert later == results
     later.add(Case("decode", "tiny", 1, 8, absent={"ours": "out of memory"}))
     assert [case.framework for case in later.cases] == ["flax", "torch"]
-    with pytest.raises(SystemExit, match=r"expected figures of .*'a card'.*found those of"):
-        Results.opened(path, {**ENVIRONMENT, "versions": {"torch": "2.12"}})
-    with pytest.raises(SystemExit, match="found those of"):
-        Results.opened(path, {**ENVIRONMENT, "card": "another"})
+
+
+def test_figures_of_another_machine_are_moved_away(tmp_path: Path, capsys) -> None:
+    """Never lost, and no reason not to begin."""
+    path = tmp_path / "gpu.json"
+    for number, change in enumerate(({"versions": {"torch": "2.12"}}, {"card": "another"}), 1):
+        Results(ENVIRONMENT, {"copy": float(number)}).write(path)
+        results = Results.opened(path, {**ENVIRONMENT, **change})
+        assert results == Results({**ENVIRONMENT, **change}) and not path.exists()
+        assert Results.read(tmp_path / f"gpu.{number}.json").card == {"copy": number}
+        assert f"now {tmp_path}/gpu.{number}.json" in capsys.readouterr().err
+
+
+def test_who_is_killed_while_writing_leaves_the_file(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "figures.json"
+    Results(ENVIRONMENT, cases=[Case("decode", "tiny", 1, 8)]).write(path)
+
+    def killed(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Results(ENVIRONMENT).write(path)
+    assert len(Results.read(path).cases) == 1
 
 
 def entry(seconds: float, attention: int = 0) -> Entry:
@@ -227,15 +320,31 @@ def test_what_a_step_must_do() -> None:
 
 
 def test_the_page_has_what_was_measured(tmp_path: Path, monkeypatch) -> None:
+    """Of a run that was cut, too."""
     monkeypatch.setattr(make_performance, "ROOT", tmp_path)
     folder = tmp_path / "benchmarks" / "gpu"
     assert make_performance.gpu(folder) == {}
-    decoding().write(folder / "gpu.json")
+    results = decoding()
+    results.tests = {"torch": {"passed": 9, "failed": 0, "skipped": 1, "seconds": 8.2, "cut": True}}
+    results.write(folder / "gpu.json")
     text = make_performance.gpu(folder)["gpu"]
-    assert "### On a GPU: decoding, batch 1\n\n| size |" in text and "FlashAttention in" not in text
+    assert "### On a GPU: decoding, batch 1, bfloat16\n\n| size |" in text
+    assert "FlashAttention in" not in text
+    assert "9 tests passed, 0 failed, 1 skipped in 8 s, then the time was over.\n" in text
     assert "- a card, 80 GiB, CUDA 13.0; a processor, Linux, Python 3.12.\n" in text
-    Results(ENVIRONMENT, {}, [flash_case("opt-2.7b", 1)]).write(folder / "flash_attention.json")
+    late = Case("inference", "opt-2.7b", 4, 2048, absent={EVERYONE: OUT_OF_TIME})
+    for case in (flash_case("opt-2.7b", 1), late):
+        results.add(case)
+    results.write(folder / "gpu.json")
     (folder / "flash_attention.png").touch()
     text = make_performance.gpu(folder)["gpu"]
     assert "](../benchmarks/gpu/flash_attention.png)\n\n| size |" in text
+    assert "- PyTorch, everyone, opt-2.7b 4 x 2048: not measured: out of time\n" in text
     assert "FlashAttention is PyTorch's own kernels" in text and text.endswith("\n")
+
+
+def test_the_page_has_no_trial(tmp_path: Path) -> None:
+    results = decoding()
+    results.environment = {key: ENVIRONMENT[key] for key in ENVIRONMENT if key != "cuda"}
+    results.write(tmp_path / "gpu.json")
+    assert make_performance.gpu(tmp_path) == {}

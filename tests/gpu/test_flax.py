@@ -21,6 +21,8 @@ MASKS = {
     "left": np.arange(48) >= np.array([[20], [1], [0], [0]]),
     "right": np.arange(48) < np.array([[20], [47], [48], [48]]),
 }
+#: Left to `make gpu-full`: each is two programs to compile.
+full = pytest.mark.full
 
 
 def model(kernel, dtype, heads):
@@ -37,9 +39,9 @@ def model(kernel, dtype, heads):
     return FlaxOPTForCausalLM(config, seed=0, dtype=dtype, attn_implementation=kernel)
 
 
-@pytest.mark.parametrize("where", MASKS)
-@pytest.mark.parametrize("heads", [64, 80, 128])
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("where", ["none", "left", pytest.param("right", marks=full)])
+@pytest.mark.parametrize("heads", [64, 80, pytest.param(128, marks=full)])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=full), "bfloat16"])
 def test_logits_and_gradients(dtype, heads, where):
     mask = None if MASKS[where] is None else MASKS[where].astype(int)
     real = np.ones_like(IDS) if mask is None else mask
@@ -65,7 +67,9 @@ def test_logits_and_gradients(dtype, heads, where):
         assert np.linalg.norm(mine - other) < limit
 
 
-@pytest.mark.parametrize("where", MASKS)
+@pytest.mark.parametrize(
+    "where", [pytest.param("none", marks=full), "left", pytest.param("right", marks=full)]
+)
 def test_generated_tokens(where):
     """Those of float32 for the most part: near ties are decided otherwise in 16 bits."""
     mask = None if MASKS[where] is None else MASKS[where].astype(int)

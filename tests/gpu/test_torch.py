@@ -25,6 +25,9 @@ KERNELS = ("eager", "sdpa", "flash_attention_2")
 HEADS = {"64": (128, 2), "80": (160, 2), "128": (256, 2)}
 MASKS = ("none", "left", "right", "amid", "a row of pads")
 
+#: Left to `make gpu-full`: there are others alike.
+full = pytest.mark.full
+
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 every_head = pytest.mark.parametrize("size", HEADS)
 every_mask = pytest.mark.parametrize("where", MASKS)
@@ -107,7 +110,11 @@ def test_logits_and_gradients(where: str, size: str, dtype: torch.dtype) -> None
 @every_dtype
 @every_head
 @pytest.mark.parametrize("where", ["none", "left", "amid"])
-@pytest.mark.parametrize("split", [(LENGTH - 1, 1), (20, 28), (1, 40, 7)], ids=str)
+@pytest.mark.parametrize(
+    "split",
+    [(20, 28), pytest.param((LENGTH - 1, 1), marks=full), pytest.param((1, 40, 7), marks=full)],
+    ids=str,
+)
 @pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
 def test_continued_from_a_cache(
     where: str, size: str, dtype: torch.dtype, split: tuple[int, ...], fixed: bool
@@ -137,9 +144,9 @@ def test_texts_in_a_row(dtype: torch.dtype) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("where", ["none", "left", "right"])
+@pytest.mark.parametrize("where", ["none", "left", pytest.param("right", marks=full)])
 @pytest.mark.parametrize("static", [False, True], ids=["eager", "graph"])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [pytest.param("eager", marks=full), *KERNELS[1:]])
 def test_greedy_tokens(kernel: str, static: bool, where: str, dtype: torch.dtype) -> None:
     """64 of them are those of float32, up to where two logits are nearer than the tolerance."""
     exact, ours = model("eager", torch.float32), model(kernel, dtype)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FlashAttention-2 without a GPU: kernels of the vendors' signatures, written here in plain operations.
 
-What these tests cannot tell is whether the real kernels do the same: tests/gpu asks them.
+What these tests cannot tell is whether the real kernels do the same: tests/flash and tests/gpu ask them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,21 @@ from torch.nn.attention import varlen as torch_varlen
 from opt_core import OPTConfig, UnsupportedError
 from opt_torch import OPTForCausalLM, attention, decoder, flash
 from tests.cases import case
-
-FLASH = "flash_attention_2"
-LENGTH = 7
+from tests.flash_cases import (
+    FLASH,
+    LENGTH,
+    MASKS,
+    POSITIONS,
+    STRATEGIES,
+    generated,
+    labels,
+    losses_with_pads,
+    near,
+    pair,
+    random_pair,
+    same_gradients,
+    tokens,
+)
 
 
 def one_text(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
@@ -129,34 +141,6 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return found
 
 
-def pair(name: str = "pre_norm", **options: Any) -> tuple[OPTForCausalLM, OPTForCausalLM]:
-    """The same model with FlashAttention and in plain operations."""
-    load = OPTForCausalLM.from_pretrained
-    return tuple(
-        load(case(name).folder, attn_implementation=kernel, **options)
-        for kernel in (FLASH, "eager")
-    )
-
-
-def tokens(rows: int, vocab_size: int = 90) -> Tensor:
-    return torch.randint(3, vocab_size, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
-
-
-def labels(mask: Tensor) -> Tensor:
-    """Those of real tokens that follow real ones: what is predicted at a pad is of no use."""
-    follows = torch.cat([mask[:, :1] * 0, mask[:, 1:] * mask[:, :-1]], dim=1)
-    return tokens(len(mask)).masked_fill(follows == 0, -100)
-
-
-MASKS = {
-    "left": [[0, 0, 1, 1, 1, 1, 1], [1] * 7],
-    "right": [[1, 1, 1, 1, 0, 0, 0], [1] * 7, [1, 0, 0, 0, 0, 0, 0]],
-    "amid": [[1, 0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 0, 1, 0]],
-    "a row of pads": [[0] * 7, [0, 1, 1, 1, 1, 1, 1]],
-    "none": [[1] * 7, [1] * 7],
-}
-
-
 @pytest.mark.parametrize("where", MASKS)
 @pytest.mark.parametrize("name", ["pre_norm", "post_norm"])
 def test_padding(kernels: Vendor, name: str, where: str) -> None:
@@ -182,10 +166,22 @@ def test_gradients(kernels: Vendor, where: str) -> None:
         torch.testing.assert_close(mine.grad, other.grad)
 
 
+@pytest.mark.parametrize("head", ["OPTForCausalLM", "OPTForQuestionAnswering"])
+def test_losses_differ_at_pads_alone(kernels: Vendor, head: str) -> None:
+    """What a pad predicts is another number than in plain operations: docs/training.md excludes it."""
+    ours, plain = random_pair(8, head)
+    as_given, excluded = losses_with_pads(ours, plain)
+    assert abs(as_given[0] - as_given[1]) > 1e-2
+    near(excluded[0], excluded[1], head)
+    for loss in excluded:
+        loss.backward()
+    same_gradients(ours, plain)
+
+
 def test_texts_in_a_row(kernels: Vendor) -> None:
     """Of five texts with pads between them each sees itself alone."""
     ours, plain = pair()
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [-1, 0, 1, -1, 0, 1, 2]])
+    positions = torch.tensor(POSITIONS)
     mask = (positions >= 0).long()
     found, expected = (
         m(tokens(2), attention_mask=mask, position_ids=positions).logits for m in (ours, plain)
@@ -225,26 +221,11 @@ def test_the_dense_kernel_reads_the_cache_in_place(vendor: Vendor) -> None:
     assert not vendor.packed_shapes
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"num_beams": 3},
-        {"do_sample": True, "seed": 3, "top_p": 0.9},
-        {"penalty_alpha": 0.6, "top_k": 4},
-        {"cache_implementation": "static"},
-    ],
-    ids=lambda options: next(iter(options), "greedy"),
-)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("where", ["left", "right"])
-def test_generated_tokens(kernels: Vendor, options: dict[str, Any], where: str) -> None:
+def test_generated_tokens(kernels: Vendor, strategy: str, where: str) -> None:
     ours, plain = pair()
-    mask = torch.tensor(MASKS[where])
-    found, expected = (
-        m.generate(tokens(len(mask)), attention_mask=mask, max_new_tokens=8, **options)
-        for m in (ours, plain)
-    )
-    assert found.tolist() == expected.tolist()
+    assert generated(ours, strategy, where) == generated(plain, strategy, where)
 
 
 def test_dropout_of_packed_tokens(vendor: Vendor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import flash_attention, gpu
-from benchmarks.gpu_case import Case, Results
+from benchmarks import gpu
+from benchmarks.gpu_case import EVERYONE, FAILED, LEFT_OUT, OUT_OF_TIME, Case, Entry, Results
 from benchmarks.gpu_device import TorchDevice
-from benchmarks.gpu_jobs import Decoded, decoded_distance, largest_relative
+from benchmarks.gpu_jobs import Batch, Decoded, decoded_distance, largest_relative, models_of
 from benchmarks.gpu_models import ours, random_tokens, random_weights
-from benchmarks.gpu_table import TINY_CONFIG
+from benchmarks.gpu_race import Budget, Request
+from benchmarks.gpu_table import FIRST, FULL, TINY_CONFIG, Part, tiny
+from benchmarks.workers import gpu_torch
 from opt_core import OPTConfig
 from opt_torch import OPTForCausalLM
 
@@ -50,77 +53,45 @@ def fake_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as the benchmark will; this takes it back
 
 
-def measured(main: Any, path: Path, *arguments: str) -> tuple[int, list[Case]]:
-    status = main([*TRIAL, *arguments, "--json", str(path)])
-    return status, Results.read(path).cases
+def served(monkeypatch, capsys, *cases: Case, without: tuple[str, ...] = ()) -> list[Case]:
+    """What a worker tells, here run in this process."""
+    models_of.cache_clear()
+    request = Request([*cases], without, 1, 0.0, None, "cpu")
+    monkeypatch.setattr(sys, "argv", ["gpu_torch.py", str(request)])
+    gpu_torch.main()
+    lines = capsys.readouterr().out.splitlines()
+    return [Case.from_json(json.loads(line)) for line in lines if line.startswith("{")]
 
 
-def test_flash_attention_without_a_gpu(tmp_path: Path, capsys) -> None:
-    path = tmp_path / "flash.json"
-    status, cases = measured(flash_attention.main, path, "--length", "16", "--batch", "3")
-    assert status == 0
-    assert [(c.size, c.batch, c.length, c.padded) for c in cases] == [
-        ("tiny", 3, 16, False),
-        ("tiny", 3, 16, True),
-    ]
+def test_inference_without_a_gpu(monkeypatch, capsys) -> None:
+    asked = [Case("inference", "tiny", 3, 16, padded) for padded in (False, True)]
+    cases = served(monkeypatch, capsys, *asked, without=("transformers eager",))
+    assert [case.key for case in cases] == [case.key for case in asked]
     for case in cases:
         assert [*case.entries] == ["eager", "sdpa"] and not case.differing
         assert 0 < case.entries["sdpa"].error < 1e-2
         assert case.timed("sdpa") and case.entries["sdpa"].peak is None
         assert "expected a CUDA device, found cpu" in case.absent[FLASH]
-        assert "transformers" in case.absent["transformers eager"]
-    assert "| tiny | 16 | 3 | left |" in capsys.readouterr().out
+        assert "transformers" in case.absent["transformers sdpa"]
+        assert case.absent["transformers eager"] == LEFT_OUT
+    assert "| tiny | 16 | 3 | left |" in gpu.report(Results({}), cases)
 
 
 def test_a_peer_that_computes_something_else_is_not_timed(
-    tmp_path: Path, fake_transformers: None, capsys
+    monkeypatch, capsys, fake_transformers: None
 ) -> None:
-    path = tmp_path / "flash.json"
-    status, cases = measured(flash_attention.main, path, "--length", "16", "--batch", "1")
-    assert status == 1
-    for case in cases:
-        assert case.differing == ["transformers sdpa"]
-        assert case.timed("transformers eager") and not case.timed("transformers sdpa")
-        assert case.entries["transformers eager"].error == 0
-    assert "LOGITS DIFFER: transformers sdpa in inference, tiny, 1 x 16" in capsys.readouterr().err
+    (case,) = served(monkeypatch, capsys, Case("inference", "tiny", 1, 16))
+    assert case.differing == ["transformers sdpa"]
+    assert case.timed("transformers eager") and not case.timed("transformers sdpa")
+    assert case.entries["transformers eager"].error == 0
 
 
-def test_half_of_the_rows_are_padded() -> None:
-    batch = flash_attention.Batch.random(TINY_CONFIG, 3, 16, True, CPU)
-    assert batch.mask.sum(1).tolist() == [12, 12, 16]
-    assert ((batch.ids == 1) == (batch.mask == 0)).all()
-    assert batch.mask[0, :4].sum() == 0
-    assert flash_attention.Batch.random(TINY_CONFIG, 3, 16, False, CPU).mask is None
-
-
-def test_drawing_later_measures_nothing(tmp_path: Path) -> None:
-    path, picture = tmp_path / "flash.json", tmp_path / "flash.png"
-    Results({}).write(path)
-    assert flash_attention.main(["--from-json", str(path)]) == 0
-    flash_attention.main(
-        [*TRIAL, "--length", "16", "--batch", "1", "--json", str(tmp_path / "2.json")]
-    )
-    status = flash_attention.main(["--from-json", str(tmp_path / "2.json"), "--plot", str(picture)])
-    assert status == 0 and picture.stat().st_size > 1000
-
-
-def test_decoding_prefill_and_training_without_a_gpu(tmp_path: Path, capsys) -> None:
-    """A run in two parts, one file."""
-    path = tmp_path / "gpu.json"
-    torch_only = ("--framework", "torch")
-    sections = ("--section", "card", "--section", "prefill", "--section", "training")
-    assert measured(gpu.main, path, *torch_only, *sections)[0] == 0
-    status, cases = measured(gpu.main, path, *torch_only, "--section", "decode")
-    assert status == 0
-    assert json.loads(path.read_text())["card"].keys() == {
-        "copy",
-        "read",
-        "product",
-        "bytes",
-        "side",
-    }
+def test_decoding_prefill_and_training_without_a_gpu(monkeypatch, capsys) -> None:
+    parts = [part for part in tiny(FULL) if part.framework == "torch"]
+    asked = [case for part in parts for case in part.cases() if case.section != "inference"]
+    cases = served(monkeypatch, capsys, *asked)
     found = {(case.section, case.length): case for case in cases}
-    assert [*found] == [("prefill", 16), ("prefill", 31), ("training", 32), ("decode", 8)]
+    assert [*found] == [("decode", 8), ("prefill", 16), ("prefill", 31), ("training", 32)]
     decode = found["decode", 8]
     for name in ("ours", "ours static", "ours int8"):
         assert decode.timed(name), decode.absent
@@ -128,8 +99,210 @@ def test_decoding_prefill_and_training_without_a_gpu(tmp_path: Path, capsys) -> 
     for key in [key for key in found if key[0] != "decode"]:
         assert found[key].timed("ours")
         assert "expected a CUDA device" in found[key].absent["ours flash"]
-    out = capsys.readouterr().out
-    assert "of bandwidth" in out and "to transformers static" in out
+    assert "to transformers static" in gpu.report(Results({}), [decode])
+
+
+def test_half_of_the_rows_are_padded() -> None:
+    batch = Batch.random(TINY_CONFIG, 3, 16, True, CPU)
+    assert batch.mask.sum(1).tolist() == [12, 12, 16]
+    assert ((batch.ids == 1) == (batch.mask == 0)).all()
+    assert batch.mask[0, :4].sum() == 0
+    assert Batch.random(TINY_CONFIG, 3, 16, False, CPU).mask is None
+
+
+def test_a_run_from_the_tests_to_the_last_case(tmp_path: Path, capfd) -> None:
+    """With processes of its own; figures of another part come into the same file."""
+    arguments = [*TRIAL, "--results", str(tmp_path), "--framework", "torch", "--budget", "500"]
+    sections = ("tests", "card", "training")
+    assert gpu.main([*arguments, *(x for name in sections for x in ("--section", name))]) == 0
+    results = Results.read(tmp_path / "gpu.json")
+    counts = results.tests["torch"]
+    assert counts["skipped"] > 50 and not (counts["passed"] or counts["failed"] or counts["cut"])
+    assert "there is no CUDA GPU" in (tmp_path / "test_torch.txt").read_text()
+    assert results.card.keys() == {"copy", "read", "product", "bytes", "side"}
+    assert [(case.section, case.size) for case in results.cases] == [("training", "tiny")]
+    assert results.cases[0].timed("ours")
+    out = capfd.readouterr().out
+    assert "of products" in out and "Agreement, PyTorch: 0 tests passed" in out
+
+
+def test_a_card_of_which_no_test_has_passed(tmp_path: Path, monkeypatch) -> None:
+    """All skipped is no agreement."""
+    run = run_of(tmp_path, monkeypatch)
+    counts = {"passed": 0, "failed": 0, "skipped": 9, "seconds": 1.0, "cut": False}
+    found = SimpleNamespace(finish=lambda seconds: counts)
+    monkeypatch.setattr(gpu, "Tests", lambda *_: found)
+    assert run.tests()
+    monkeypatch.setattr(TorchDevice, "is_cuda", True)
+    assert not run.tests()
+    counts["cut"] = True
+    assert run.tests()
+    counts["failed"] = 1
+    assert not run.tests()
+
+
+def test_resuming_runs_the_tests_that_are_missing(tmp_path: Path, monkeypatch) -> None:
+    run, begun = run_of(tmp_path, monkeypatch, "--resume"), []
+    good = {"passed": 9, "failed": 0, "skipped": 0, "seconds": 1.0, "cut": False, "full": False}
+    monkeypatch.setattr(
+        gpu,
+        "Tests",
+        lambda name, *_: begun.append(name) or SimpleNamespace(finish=lambda seconds: good),
+    )
+    for earlier, full, expected in (
+        ({}, False, ["torch", "flax"]),
+        ({"torch": good}, False, ["flax"]),
+        ({"torch": good, "flax": {**good, "cut": True}}, False, ["flax"]),
+        ({"torch": {**good, "failed": 1}, "flax": good}, False, ["torch"]),
+        ({"torch": good, "flax": {**good, "full": True}}, True, ["torch"]),
+    ):
+        begun.clear()
+        run.results.tests, run.options.full = dict(earlier), full
+        assert run.tests() and begun == expected
+
+
+TESTED = """
+import time, pytest
+pytestmark = pytest.mark.gpu
+def test_good(): pass
+@pytest.mark.parametrize("where", ["a row of pads"])
+def test_bad(where): assert False
+@pytest.mark.skip(reason="no")
+def test_skipped(): pass
+@pytest.mark.full
+def test_rest(): pass
+def test_long(): time.sleep({})
+"""
+
+
+@pytest.mark.parametrize(
+    ("full", "sleep", "expected"),
+    [(False, 0, (2, 1, 1, False)), (True, 0, (3, 1, 1, False)), (False, 60, (1, 1, 1, True))],
+    ids=["first", "full", "cut"],
+)
+def test_tests_are_counted(tmp_path: Path, monkeypatch, full, sleep, expected) -> None:
+    """Also those before the time was over."""
+    folder = tmp_path / "tests" / "gpu"
+    folder.mkdir(parents=True)
+    (folder / "test_torch.py").write_text(TESTED.format(sleep))
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: .\n    full: .\n")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    tests = gpu.Tests("torch", tmp_path, full, "cpu")
+    while sleep and "test_long" not in tests.log.read_text():
+        time.sleep(0.05)
+    found = tests.finish(0.1 if sleep else 60)
+    assert tuple(found[key] for key in ("passed", "failed", "skipped", "cut")) == expected
+
+
+def test_a_process_that_crashes_is_a_failure(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "tests" / "gpu"
+    folder.mkdir(parents=True)
+    (folder / "test_torch.py").write_text("import os; os._exit(3)")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu.Tests("torch", tmp_path, True, "cpu").finish(60)["failed"] == 1
+
+
+def run_of(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, left: float = 100
+) -> gpu.Run:
+    options = gpu.parse([*TRIAL, "--results", str(folder), "--budget", "100", *arguments])
+    return gpu.Run(options, TorchDevice("cpu"), Budget(left), Results({}))
+
+
+PART = Part("decode", "opt-125m", (1, 2, 3, 4), seconds=30)
+
+
+def worker(*lives: tuple[int, str]) -> Any:
+    """Processes that measure so many cases and then die."""
+    coming = iter(lives)
+
+    def run(self: gpu.Run, part: Part, cases: list[Case]) -> Any:
+        count, reason = next(coming)
+        for case in cases[:count]:
+            case.entries = {"ours": Entry(0.0, seconds=[1.0])}
+            yield case
+        return reason
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("lives", "expected"),
+    [
+        ([(4, "")], ["", "", "", ""]),
+        ([(1, "failed: a"), (2, "")], ["", "failed: a", "", ""]),
+        ([(1, "failed: a"), (1, "failed: b")], ["", "failed: a", "", "failed: b"]),
+        ([(0, "failed: a")], ["failed: a"] * 4),
+    ],
+    ids=["none", "one", "two", "at once"],
+)
+def test_who_dies_stops_nothing_behind(tmp_path: Path, monkeypatch, lives, expected) -> None:
+    monkeypatch.setattr(gpu.Run, "_worker", worker(*lives))
+    run = run_of(tmp_path, monkeypatch)
+    found = [*run.part(PART)]
+    assert [case.absent.get(EVERYONE, "") for case in found] == expected
+    assert Results.read(tmp_path / "gpu.json").cases == found
+
+
+def test_a_file_has_each_case_before_the_next_begins(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(gpu.Run, "_worker", worker((4, "")))
+    run = run_of(tmp_path, monkeypatch)
+    for count, _ in enumerate(run.part(PART), 1):
+        assert len(Results.read(tmp_path / "gpu.json").cases) == count
+
+
+def test_what_does_not_fit_is_named_and_measured_later(tmp_path: Path, monkeypatch) -> None:
+    """By --resume alone, which leaves what there is."""
+    run = run_of(tmp_path, monkeypatch, left=29)
+    assert [case.absent for case in run.part(PART)] == [{EVERYONE: OUT_OF_TIME}] * 4
+    monkeypatch.setattr(gpu.Run, "_worker", worker((2, OUT_OF_TIME), (0, OUT_OF_TIME)))
+    later = run_of(tmp_path, monkeypatch, "--resume")
+    later.results = run.results
+    assert len([*later.part(PART)]) == 2  # what is not measured even now stands there already
+    assert [case.lacks(OUT_OF_TIME) for case in later.results.cases] == [True, True, False, False]
+    monkeypatch.setattr(gpu.Run, "_worker", worker((2, "")))
+    assert [case.length for case in later.part(PART)] == [3, 4]
+    assert [*later.part(PART)] == []
+    again = run_of(tmp_path, monkeypatch, left=0)
+    again.results = later.results
+    assert [*again.part(PART)] == [] and not any(c.absent for c in again.results.cases)
+
+
+def test_the_rest_is_what_the_first_minutes_left(tmp_path: Path, monkeypatch) -> None:
+    first, full = (run_of(tmp_path, monkeypatch, "--resume", *x) for x in ((), ("--full",)))
+    case = PART.cases()[0]
+    case.absent = {"ours int8": LEFT_OUT, "transformers": "no such package"}
+    for run in (first, full):
+        run.results.add(case)
+    assert not first._asked(case) and full._asked(case)
+    case.absent = {EVERYONE: f"{FAILED}a bug"}
+    assert first._asked(case)
+
+
+def test_the_status_tells_failures(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(gpu.Run, "_worker", worker(*[(0, f"{FAILED}a bug")] * len(FIRST)))
+    arguments = [*TRIAL, "--results", str(tmp_path), "--section", "decode"]
+    assert gpu.main(arguments) == 1
+    assert {case.framework for case in Results.read(tmp_path / "gpu.json").cases} == {
+        "torch",
+        "flax",
+    }
+    assert "everyone, everywhere: failed: a bug" in capsys.readouterr().out
+
+
+def test_a_worker_that_fails_says_why(tmp_path: Path, monkeypatch, capfd) -> None:
+    """One that hangs is killed when the time is over."""
+    monkeypatch.setattr(gpu, "WORKERS", tmp_path)
+    (tmp_path / "gpu_torch.py").write_text("raise RuntimeError('an illegal memory access')")
+    run = run_of(tmp_path, monkeypatch)
+    assert {case.absent[EVERYONE] for case in run.part(PART)} == {
+        "failed: RuntimeError: an illegal memory access"
+    }
+    (tmp_path / "gpu_torch.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setattr(gpu, "GRACE", 0.0)
+    quick = Part("decode", "opt-125m", (5,), seconds=0.1)
+    run = run_of(tmp_path, monkeypatch, left=1)
+    assert [case.absent for case in run.part(quick)] == [{EVERYONE: OUT_OF_TIME}]
 
 
 def test_the_models_share_their_weights() -> None:
