@@ -84,9 +84,10 @@ class OPTDecoder(nn.Module):
         total = past.capacity if isinstance(past_length, Tensor) else past_length + length
         if attention_mask is not None:  # of a fixed cache: longer
             attention_mask = F.pad(attention_mask, (0, total - attention_mask.shape[1]))
-            # With a past there is a bias anyway, and assisted decoding would wait for each check.
+            # With a past there is a bias anyway, but for one kernel; others need not wait to know.
             begins = isinstance(past_length, int) and past_length == 0
-            if begins and length > 1 and without_effect(attention_mask):
+            asks = length > 1 and (begins or self.attn_implementation == "flash_attention_2")
+            if asks and without_effect(attention_mask):
                 attention_mask = None
         texts = None
         if position_ids is not None and past is None:
