@@ -5,6 +5,9 @@
     python examples/large_model.py "The capital of France is" --model facebook/opt-66b \
         --max-memory 0=70GB cpu=40GB --offload-folder /fast/disk
 
+With --device-map cpu --mmap, all of it stays in its own files instead, and the system decides what is in
+memory: as fast as memory where the model fits.
+
 By default the embedded model, given so little memory that a layer of it must go to disk. Each new token
 reads all that lies there once: many prompts at a time cost little more than one.
 """
@@ -47,6 +50,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--offload-folder", type=Path, default=Path("offload"))
     parser.add_argument("--dtype", default="auto", help="of the weights (default: the file's own)")
+    parser.add_argument(
+        "--mmap",
+        action="store_true",
+        default=None,
+        help="leave in the files what is not on disk or an accelerator; nothing may write to them",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=8)
     return parser.parse_args(arguments)
 
@@ -63,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device_map=options.device_map,
         max_memory=None if memory is None else limits(memory),
         offload_folder=options.offload_folder,
+        mmap=options.mmap,
     )
     for name, device in model.hf_device_map.items():
         print(f"{device!s:>6}  {name or 'all of it'}")
