@@ -106,6 +106,12 @@ class DecodePlan(Generic[S]):
         return any(isinstance(processor, p.Guidance) for processor in self.processors)
 
     @property
+    def layout(self) -> DecodePlan[S]:
+        """The plan without what is done to the scores: of rows, columns and guides alone."""
+        guides = tuple(x for x in self.processors if isinstance(x, p.Guidance))
+        return replace(self, processors=guides, dola_layers=())
+
+    @property
     def calls_back(self) -> bool:
         """Whether a processor runs code of the caller."""
         return any(isinstance(processor, p.HostProcessor) for processor in self.processors)

@@ -98,11 +98,11 @@ def prefill(
         inputs.tokens[:, past_length:] if inputs.embeds is None else None,
         inputs_embeds=inputs.embeds,
         attention_mask=mask if plan.is_padded else None,
-        position_ids=prompt_positions(plan, mask),
+        position_ids=prompt_positions(plan.layout, mask),
         past_key_values=inputs.past,
     )
     if inputs.past is None:
-        output = output._replace(cache=with_room(plan, output.cache))
+        output = output._replace(cache=with_room(plan.layout, output.cache))
     return output
 
 
@@ -126,6 +126,7 @@ def decode_step(
     Or of `rows` [any] of them, each as often as it is named.
     """
     counts, full_mask = prompt_columns(plan, inputs.mask)
+    layout = plan.layout
     # Columns that proposals are filled up with may lie beyond the position table.
     last_position = module.config.max_position_embeddings - 1
 
@@ -133,7 +134,7 @@ def decode_step(
         if rows is not None:
             rows = in_halves(plan, rows, len(inputs.known))
         tokens, mask, position_ids = step_inputs(
-            plan, tokens, cache.used, counts, full_mask, rows, last_position
+            layout, tokens, cache.used, counts, full_mask, rows, last_position
         )
         return run_model(
             module,

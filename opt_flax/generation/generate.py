@@ -169,7 +169,7 @@ def run(
     """Prefills and decodes."""
     output = prefill(module, params, plan, inputs, watch)
     step = decode_step(module, params, plan, inputs, watch)
-    state = first_state(plan, inputs, output)
+    state = first_state(plan.layout, inputs, output)
     draw = _noise(key, noise, state.logits.shape)
     loop = LOOPS[type(plan.strategy)]
     if assistant is not None:
