@@ -15,9 +15,10 @@ IDS = np.random.default_rng(0).integers(3, 90, (2, 7))
 MASK = np.array([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
 
 
-def load(kernel, **options):
-    folder = case("pre_norm").folder
-    return FlaxOPTForCausalLM.from_pretrained(folder, attn_implementation=kernel, **options)
+def load(kernel, dtype="float32", **options):
+    """Parameters and computation in `dtype`."""
+    options |= {"dtype": dtype, "param_dtype": dtype, "attn_implementation": kernel}
+    return FlaxOPTForCausalLM.from_pretrained(case("pre_norm").folder, **options)
 
 
 @pytest.fixture
