@@ -101,8 +101,12 @@ def parts_of(parts: int, input_ids: Array, labels: Array) -> Iterator[tuple[Arra
 
     That is its share of the labels that count: a mean of the parts' means would be another loss, with
     other gradients. In a part without any, one counts, with a share of 0.
+
+    Args:
+        labels: [B, T], of which a row's first is predicted nowhere, or [B] classes, all of which count.
     """
-    counts = [(part[:, 1:] != IGNORED_LABEL).sum() for part in np.split(labels, parts)]
+    predicted = labels[:, 1:] if labels.ndim == 2 else labels
+    counts = [(part != IGNORED_LABEL).sum() for part in np.split(predicted, parts)]
     total = max(1, sum(counts))
     for ids, targets, own in zip(
         np.split(input_ids, parts), np.split(labels, parts), counts, strict=True

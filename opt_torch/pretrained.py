@@ -307,13 +307,14 @@ class OPTPreTrainedModel(nn.Module):
         self._files.check(self)
         restore(self)
         config, arch = self._actual_config, self.architecture
+        tensors = [*canonical_arrays(self, config, arch)]
         added = [*added_outgoing(self, config, arch)]  # or refused, with the layer's name
         save_pretrained(
             directory,
             config,
             self.generation_config,
             arch,
-            canonical_arrays(self, config, arch),
+            tensors,
             own_format="bin",
             added=added,
             max_shard_size=max_shard_size,

@@ -210,7 +210,12 @@ def canonical_arrays(
     """
     for param in param_table(config, arch):
         module, leaf = find_parameter(model, param, arch)
-        tensor = module.get_parameter(leaf)
+        tensor = getattr(module, leaf, None)
+        if not isinstance(tensor, Tensor):
+            raise UnsupportedError(
+                f"{param.name}: expected a tensor to save, found {type(module).__name__}, which has none "
+                f"of that name, in the place of {param.module}. Put OPT's own layer back."
+            )
         yield param, _stored_dtype(param.name, tensor), partial(to_numpy, tensor)
 
 

@@ -101,6 +101,10 @@ def test_values_that_nobody_can_make():
         Scaled.from_pretrained(TIED)
 
 
+def replaced(model):
+    model.model.decoder.layers[0].fc1 = nn.Identity()
+
+
 def bias(model):
     model.lm_head = nn.Linear(24, 103)
 
@@ -120,6 +124,7 @@ def low_rank(model):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
+        (replaced, r"layers\.0\.fc1\.weight"),
         (bias, r"lm_head\.bias"),
         (pruned, r"layers\.0\.fc1\.weight_(orig|mask)"),
         (normed, r"layers\.1\.self_attn\.q_proj\.parametrizations"),
