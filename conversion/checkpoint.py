@@ -13,7 +13,7 @@ from typing import Self
 
 from opt_core.checkpoints import CheckpointReader
 from opt_core.config import CONFIG_NAME, OPTConfig
-from opt_core.files import read_text_file
+from opt_core.files import FileState, file_state, read_text_file
 from opt_core.hub import resolve
 from opt_core.loading import named_architecture
 from opt_core.opening import find_config, open_weights
@@ -33,6 +33,7 @@ class Checkpoint:
     config: OPTConfig | None  # None where there is no config.json beside the weights
     reader: CheckpointReader
     texts: Mapping[str, bytes] = field(default_factory=dict)  # small files beside them, by name
+    states: tuple[FileState, ...] = ()  # of the reader's files when they were opened
 
     @property
     def architecture(self) -> str:
@@ -90,6 +91,6 @@ def open_checkpoint(
         found = find_config(config, directory, reader)
         files = {name: directory / name for name in texts}
         contents = {name: read_text_file(f) for name, f in files.items() if f.is_file()}
-        return Checkpoint(directory, found, reader, contents)
+        return Checkpoint(directory, found, reader, contents, tuple(map(file_state, reader.files)))
 
     return read_together(directory, read)

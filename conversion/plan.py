@@ -16,7 +16,7 @@ from opt_core.checkpoints.writer import Shard, split
 from opt_core.config import CONFIG_NAME, OPTConfig
 from opt_core.dtypes import MODEL_DTYPES, dtype_name
 from opt_core.errors import CheckpointError, ConfigError, InputError
-from opt_core.files import TEXT_FILES
+from opt_core.files import TEXT_FILES, FileState
 from opt_core.formats import find_format
 from opt_core.loading import Source, match
 from opt_core.params import ARCHITECTURES, param_table
@@ -55,10 +55,11 @@ class Work:
     config: OPTConfig
     outgoing: tuple[Outgoing, ...]
     shards: tuple[Shard, ...]
+    states: tuple[FileState, ...]  # of the files read
 
     def fingerprint(self) -> str:
         """Equal only for two that write the same tensors to the same files, from the same files."""
-        states = [_state(file) for file in self.plan.files_read]
+        states = [(size, time) for _, _, size, time in self.states]
         places = [(shard.filename, [_row(info) for info in shard.infos]) for shard in self.shards]
         content = [__version__, asdict(self.plan), states, places]
         return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
@@ -113,7 +114,7 @@ def make_plan(
         missing=missing,
         dropped=dropped,
     )
-    return Work(plan, config, outgoing, tuple(shards))
+    return Work(plan, config, outgoing, tuple(shards), checkpoint.states)
 
 
 def _config(checkpoint: Checkpoint) -> OPTConfig:
@@ -165,8 +166,3 @@ def _memory(source: Source, out: Outgoing, transposed: bool) -> int:
 
 def _row(info: TensorLike) -> tuple[str, str, tuple[int, ...]]:
     return info.name, str(info.dtype), tuple(info.shape)
-
-
-def _state(file: str) -> tuple[int, int]:
-    status = Path(file).stat()
-    return status.st_size, status.st_mtime_ns

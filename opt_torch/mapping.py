@@ -8,6 +8,7 @@ of the hub's cache are mapped, which nobody rewrites, and all are looked at befo
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,8 +28,11 @@ from opt_core.pretrained import Pretrained
 class Files:
     """The files that a model's weights lie in, or are read from as its modules run.
 
-    A copy of the model has weights of its own: what is mapped is not copied along.
+    A copy of the model has weights of its own: what is mapped is not copied along. The base model in
+    a model shares its files: whoever calls either is told of all.
     """
+
+    whole: weakref.ref[nn.Module] | None = None  # the model that was loaded
 
     def __init__(self, mapped: Sequence[MappedFile] = (), named: Sequence[NamedFile] = ()) -> None:
         self.mapped = tuple(mapped)
@@ -40,10 +44,12 @@ class Files:
     def __reduce__(self) -> tuple[Any, ...]:
         return Files, ((), self.named)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, caller: nn.Module) -> None:
         """Raises CheckpointError if one of the files that the model still uses was written to."""
         if _CHECKED.get() is self:
             return
+        whole = None if self.whole is None else self.whole()
+        model = caller if whole is None else whole
         for mapped in self.mapped:
             try:
                 mapped.check()
@@ -54,9 +60,9 @@ class Files:
             named.check()
 
     @contextmanager
-    def checked(self, model: nn.Module) -> Iterator[Self]:
+    def checked(self, caller: nn.Module) -> Iterator[Self]:
         """Checks now, and not again within."""
-        self.check(model)
+        self.check(caller)
         token = _CHECKED.set(self)
         try:
             yield self
@@ -92,8 +98,10 @@ def decide(pretrained: Pretrained, mmap: bool | None) -> bool:
     reader = pretrained.reader
     if mmap is None:
         return reader.container == "safetensors" and all(map(in_hub_cache, reader.files))
+    if not mmap:
+        return False
     others = [s.tensor for s in pretrained.sources.values() if not is_mapped(s, pretrained.dtype)]
-    if mmap and others:
+    if others:
         raise InputError(
             f"mmap=True: expected every weight to lie in its file as PyTorch has it in memory "
             f"({pretrained.dtype}, [out, in]), found {len(others)} that do not, such as "
@@ -101,7 +109,7 @@ def decide(pretrained: Pretrained, mmap: bool | None) -> bool:
             f"{others[0].info.file}. Load with dtype='auto', leave mmap out, or convert the checkpoint "
             "to safetensors first."
         )
-    return bool(mmap)
+    return True
 
 
 def watch(model: Any, files: Files) -> None:
@@ -111,6 +119,7 @@ def watch(model: Any, files: Files) -> None:
     """
     if not files.mapped and not files.named:
         return
+    files.whole = weakref.ref(model)
     base = model if model.architecture == "OPTModel" else model.model
     for module in {model, base}:
         module._files = files

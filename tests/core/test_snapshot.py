@@ -20,6 +20,7 @@ from opt_core import CheckpointError, FormatError, OPTTokenizer, snapshot
 from opt_core.assets import TINY_SUMS
 from opt_core.checkpoints import LazyTensor
 from opt_core.checkpoints.reader import CheckpointReader
+from opt_core.files import atomic_write
 from opt_core.pretrained import open_pretrained
 from opt_core.snapshot import read_together
 from opt_core.staging import COMPLETE, staged
@@ -272,3 +273,30 @@ def test_texts_are_converted_with_their_weights(
     assert loaded(tmp_path / "out") == "old"
     assert (tmp_path / "out" / "vocab.json").read_text() == "old"
     assert plan(model).copied == ("generation_config.json", "vocab.json", "merges.txt")
+
+
+def test_a_conversion_is_resumed_only_from_the_files_that_were_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newer model of the same sizes takes its place at once; what is kept was of the older."""
+    model = make(tmp_path / "model", "old")
+    old = (model / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(old[:8], "little")
+    new = old[:start] + np.full((len(old) - start) // 4, MODELS["new"], np.float32).tobytes()
+    once = [new]
+    options = {"max_shard_size": "2KB", "resume": True}
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyError("power")
+
+    def newer() -> None:
+        if once:
+            atomic_write(model / "model.safetensors", once.pop())
+
+    meanwhile(monkeypatch, "conversion.convert.make_plan", newer)
+    with pytest.raises(KeyError, match="power"):
+        convert(model, tmp_path / "out", progress=stop, **options)
+    convert(model, tmp_path / "out", **options)
+    with CheckpointReader.open(tmp_path / "out") as found:
+        assert named_by_weights({name: tensor.read() for name, tensor in found.items()}) == "new"

@@ -20,6 +20,7 @@ from torch import nn
 
 from conversion import convert
 from opt_core import CheckpointError, InputError
+from opt_core.checkpoints import CheckpointIndex
 from opt_core.checkpoints.sources import MappedFile
 from opt_torch import (
     OPTForCausalLM,
@@ -225,6 +226,23 @@ def test_each_call_notices_a_rewritten_file(kind: str, folder: Path, file: Path)
     with pytest.raises(CheckpointError, match=rf"{file}: {CHANGED}.*mmap=False"):
         CALLS[kind](model, folder)
     assert not (folder / "saved").exists()
+
+
+HEADS: dict[str, Callable[[Any], Any]] = {
+    "call": lambda model: model(IDS),
+    "forward": lambda model: model.forward(IDS),
+    "generate": lambda model: model.generate(IDS, max_new_tokens=2),
+}
+
+
+@pytest.mark.parametrize("call", HEADS.values(), ids=HEADS)
+def test_a_head_that_lies_in_a_file_of_its_own(call: Callable[[Any], Any], tmp_path: Path) -> None:
+    convert(case("untied_gelu").folder, tmp_path / "shards", max_shard_size="1KB")
+    index = CheckpointIndex.read(tmp_path / "shards" / "model.safetensors.index.json")
+    model = OPTForCausalLM.from_pretrained(tmp_path / "shards", mmap=True)
+    rewrite(tmp_path / "shards" / str(index.weight_map["lm_head.weight"]))
+    with pytest.raises(CheckpointError, match=CHANGED):
+        call(model)
 
 
 @pytest.mark.parametrize(
