@@ -43,7 +43,7 @@ def test_parts_weigh_as_many_labels_as_count():
     labels = np.where(np.arange(7) > [[0], [0], [5], [7]], ids, -100)
     found = []
     for parts in ("1", "2", "4"):
-        model = FlaxOPTForCausalLM.from_pretrained(TINY_SUMS, dropout=0.0)
+        model = FlaxOPTForCausalLM.from_pretrained(TINY_SUMS, param_dtype="float32", dropout=0.0)
         options = ["--base", "float32", "--batch-size", "4", "--accumulate", parts, "--steps", "2"]
         trainer = lora_flax.AdapterTrainer(model, lora_flax.parse(options))
         loss = trainer.train(ids, labels)
