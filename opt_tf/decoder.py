@@ -57,7 +57,8 @@ class OPTDecoder(keras.layers.Layer):
         # TensorFlow's checkpoints hold an object's attributes, and look into no lists of Keras.
         for index, layer in enumerate(self.layers):
             self._track_trackable(layer, f"layer-{index}")
-        self._track_trackable(self.seed_generator.state, "seed_generator_state")
+        seeds = tf.train.Checkpoint(state=self.seed_generator.state)
+        self._track_trackable(seeds, "seed_generator")
 
     def build(self, input_shape: Any = None) -> None:
         hidden, embed = self.config.hidden_size, self.config.word_embed_proj_dim

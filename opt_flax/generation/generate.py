@@ -136,7 +136,9 @@ def generate(
     key, noise = _randomness(plan, model, rows, seed, noise, prng_key, is_traced)
     watch = Watch(config, hooks, plan, np.asarray, partial(jnp.repeat, axis=0))
     on_host = watch.is_needed or plan.needs_host
-    model.programs = programs_of(model.module)
+    for owner in (model, hooks.assistant_model):
+        if owner is not None:
+            owner.programs = programs_of(owner.module)  # which live as long as a model has them
     if is_traced and on_host:
         raise UnsupportedError(
             "Inside jax.jit, generate runs nothing on the host: no constrained or assisted search, no "

@@ -23,7 +23,7 @@ from tensorflow.core.framework.tensor_pb2 import TensorProto
 
 from opt_core.programs import Programs, program_limit
 
-#: TensorFlow's resource that holds XLA's programs, on each device, and its type's name in the ABI of C++.
+#: TensorFlow's resource that holds XLA's programs, one for each device, and its type's name in C++'s ABI.
 COMPILER = "xla_device_compiler"
 COMPILER_TYPE = "N10tensorflow14DeviceCompilerIN3xla15LocalExecutableENS1_11LocalClientEEE"
 
@@ -95,8 +95,7 @@ class _XLA:
             useful = len(self.alive)
             if self.total - useful < least or self.running or _others_compute():
                 return
-            forgotten = [_forget(device.name) for device in tf.config.list_logical_devices()]
-            if any(forgotten):
+            if _forget():
                 self.total = useful
 
 
@@ -113,32 +112,27 @@ def _others_compute() -> bool:
     return False
 
 
-def _forget(device: str) -> bool:
-    """Deletes the programs of a device; False where there is nothing of that name and type."""
-    modulus = 2**63 - 1  # a type is known by a 64-bit hash, of which this function tells the rest
-    rest = int(tf.strings.to_hash_bucket(COMPILER_TYPE, modulus))
-    with tf.device(device):
-        place = tf.zeros(()).device  # the name in full
-    for hash_code in range(rest, 2**64, modulus):
-        handle = ResourceHandleProto(
-            device=place,
-            container="localhost",
-            name=COMPILER,
-            hash_code=hash_code,
-            maybe_type_name=COMPILER_TYPE,
-        )
-        proto = TensorProto(dtype=tf.resource.as_datatype_enum, resource_handle_val=[handle])
-        proto.tensor_shape.SetInParent()
-        try:
-            with tf.device(place):
-                tf.raw_ops.DestroyResourceOp(
-                    resource=tf.io.parse_tensor(proto.SerializeToString(), tf.resource),
-                    ignore_lookup_error=False,
-                )
-        except tf.errors.NotFoundError:
-            continue
-        return True
-    return False
+def _forget() -> bool:
+    """Deletes XLA's programs of the device that models run on; False where nothing has their name."""
+    low, rest = (int(tf.strings.to_hash_bucket(COMPILER_TYPE, n)) for n in (2**62, 2**63 - 1))
+    codes = range(rest, 2**64, 2**63 - 1)  # of the type, known modulo these two
+    device = tf.zeros(()).device
+    handle = ResourceHandleProto(
+        device=device,
+        container="localhost",
+        name=COMPILER,
+        hash_code=next(code for code in codes if code % 2**62 == low),
+        maybe_type_name=COMPILER_TYPE,
+    )
+    proto = TensorProto(dtype=tf.resource.as_datatype_enum, resource_handle_val=[handle])
+    proto.tensor_shape.SetInParent()
+    resource = tf.io.parse_tensor(proto.SerializeToString(), tf.resource)
+    try:
+        with tf.device(device):
+            tf.raw_ops.DestroyResourceOp(resource=resource, ignore_lookup_error=False)
+    except tf.errors.NotFoundError:
+        return False
+    return True
 
 
 def run_compiled(model: Any, function: Callable[..., Any], *key: Any) -> Callable[..., Any]:

@@ -84,6 +84,17 @@ def test_no_more_than_the_limit_and_the_same_again(backend: Backend) -> None:
     assert (found[0] == found[-1]).all()
 
 
+def test_an_assistant_keeps_its_own(backend: Backend) -> None:
+    assistant = backend.load(case("pre_norm").folder, attn_implementation="sdpa")
+    model = backend.load(case("pre_norm").folder, attn_implementation="eager")
+    generate(model, assistant_model=assistant)
+    count = count_programs()
+    if backend.name != "torch":
+        assert len(model.programs) >= 2 and len(assistant.programs) >= 2
+    generate(model, assistant_model=assistant, eos_token_id=9)
+    assert count_programs() == count
+
+
 @pytest.mark.slow
 def test_400_calls_level_off(backend: Backend) -> None:
     """Of twelve models: memory maps, of which Linux gives a process 65,530, and bytes."""
