@@ -40,11 +40,11 @@ oracle: $(READY) $(PEERS_READY)  ## compare live with transformers 4.37.2, 4.57.
 	OPT_ZOO_PEERS=$(ENVIRONMENTS) $(BIN)/python -m pytest -m oracle tests/oracle
 	$(BIN)/python docs/make_numerics.py
 
-gpu:  ## on a machine with a CUDA GPU, in GPU_PYTHON as it is: what tells most, in eight minutes
+gpu:  ## on a CUDA GPU, in GPU_PYTHON as it is: the most telling tests and measurements, in eight minutes
 	$(GPU_PYTHON) benchmarks/gpu.py --budget 460 --results $(GPU_RESULTS) $(GPU_OPTIONS); failed=$$?; \
 	$(GPU_PYTHON) docs/make_performance.py && exit $$failed
 
-gpu-full:  ## all tests and benchmarks of a GPU
+gpu-full:  ## all tests and benchmarks of a GPU, in GPU_PYTHON as it is (about an hour)
 	$(GPU_PYTHON) benchmarks/gpu.py --full --results $(GPU_RESULTS) $(GPU_OPTIONS); failed=$$?; \
 	$(GPU_PYTHON) docs/make_performance.py && exit $$failed
 

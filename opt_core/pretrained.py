@@ -106,10 +106,11 @@ def open_pretrained(
     torch_dtype: Any = None,
     ignore_mismatched_sizes: bool = False,
     output_loading_info: bool = False,
-    defer_check: bool = False,
     **options: Any,
 ) -> Pretrained:
-    """Finds a checkpoint, reads its configuration and holds its tensors against the table.
+    """Finds a checkpoint, reads its configuration and finds the model's parameters in it.
+
+    `Pretrained.check`, which the caller calls, raises about what is missing, unexpected or misshapen.
 
     Args:
         name_or_path: a directory, or the name of a model on the hub.
@@ -120,7 +121,6 @@ def open_pretrained(
         torch_dtype: the same, by its older name.
         ignore_mismatched_sizes: tensors of another shape keep their initial values.
         output_loading_info: the caller takes the report of missing and unexpected tensors itself.
-        defer_check: the caller calls `Pretrained.check`, which raises about them, itself.
         options: where to look (revision, subfolder, token, cache_dir, local_files_only,
             force_download), which files to take where there are several (from_pt, from_tf,
             from_flax), and fields of the configuration to override.
@@ -129,8 +129,7 @@ def open_pretrained(
         HubError: nothing found under that name.
         ConfigError: an invalid configuration.
         InputError: an option that does not exist.
-        CheckpointError: tensors are missing, unexpected or of another shape, or others keep writing
-            to the directory.
+        CheckpointError: not an OPT checkpoint, or others keep writing to the directory.
         FormatError: a damaged or unsafe file.
     """
     hub = take_hub_options(options)
@@ -160,23 +159,20 @@ def open_pretrained(
         name = resolve_dtype(dtype, own_config, reader)
         stored_dtype = resolve_dtype("auto", own_config, reader)
         own_config.torch_dtype = name
-        pretrained = Pretrained(
-            own_config,
-            generation_config,
-            name,
-            not (dtype is None or (isinstance(dtype, str) and dtype == "auto")),
-            stored_dtype,
-            reader,
-            sources,
-            report,
-            str(name_or_path),
-            ignore_mismatched_sizes,
-            output_loading_info,
-        )
-        if not defer_check:
-            pretrained.check()
         stack.pop_all()
-    return pretrained
+    return Pretrained(
+        own_config,
+        generation_config,
+        name,
+        not (dtype is None or (isinstance(dtype, str) and dtype == "auto")),
+        stored_dtype,
+        reader,
+        sources,
+        report,
+        str(name_or_path),
+        ignore_mismatched_sizes,
+        output_loading_info,
+    )
 
 
 def _as_tied(config: OPTConfig, reader: CheckpointReader, where: object) -> OPTConfig:

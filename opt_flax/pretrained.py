@@ -301,6 +301,7 @@ class FlaxOPTPreTrainedModel:
         with open_pretrained(
             name_or_path, cls.architecture, output_loading_info=output_loading_info, **options
         ) as pretrained:
+            _, report = pretrained.check()
             config, sources = pretrained.config, pretrained.sources
             if isinstance(param_dtype, str) and param_dtype == "auto":
                 param_dtype = pretrained.stored_dtype
@@ -325,7 +326,7 @@ class FlaxOPTPreTrainedModel:
             model._params = params
         loaded: tuple[Any, ...] = (model,) if _do_init else (model, params)
         if output_loading_info:
-            loaded += (pretrained.report.loading_info(),)
+            loaded += (report.loading_info(),)
         return loaded if len(loaded) > 1 else model
 
     def to_bf16(self, params: Mapping[str, Any], mask: Any = None) -> Params:

@@ -244,6 +244,7 @@ class TFOPTPreTrainedModel(KerasModel):
         with open_pretrained(
             name_or_path, cls.architecture, output_loading_info=output_loading_info, **options
         ) as pretrained:
+            _, report = pretrained.check()
             config = pretrained.config
             policy = keras.config.dtype_policy()
             dtype = policy if policy.variable_dtype == pretrained.dtype else pretrained.dtype
@@ -251,7 +252,7 @@ class TFOPTPreTrainedModel(KerasModel):
                 model = cls(config, attn_implementation=attn_implementation, dtype=dtype)
                 assign(model, config, cls.architecture, pretrained.sources)
         model.generation_config = pretrained.generation_config
-        return (model, pretrained.report.loading_info()) if output_loading_info else model
+        return (model, report.loading_info()) if output_loading_info else model
 
     def save_pretrained(
         self,

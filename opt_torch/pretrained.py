@@ -263,16 +263,17 @@ class OPTPreTrainedModel(nn.Module):
         """
         if device_map is None and (max_memory is not None or offload_folder is not None):
             raise InputError("max_memory, offload_folder: expected a device_map, found none.")
+        # A class of the user's need not take an argument that nobody gives.
+        kernel = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         with open_pretrained(
             name_or_path,
             cls.architecture,
             output_loading_info=output_loading_info,
-            defer_check=True,
             **options,
         ) as pretrained:
             config = pretrained.config
             with torch.device("meta"):
-                model = cls(config, attn_implementation=attn_implementation)
+                model = cls(config, **kernel)
             added = added_tensors(model, config, cls.architecture)
             shapes = {name: tuple(tensor.shape) for name, tensor in added.items()}
             found, report = pretrained.check(shapes)

@@ -132,9 +132,9 @@ def added_tensors(model: nn.Module, config: OPTConfig, arch: str) -> dict[str, T
         inside = next((i for i in range(len(parts)) if ".".join(parts[:i]) in layers), None)
         if inside is not None:
             raise UnsupportedError(
-                f"{name}: expected {'.'.join(parts[:inside])} to hold a weight and a bias, as OPT has "
-                "them, found more: an adapter, a parametrization, or another layer in its place. Merge "
-                "or remove it before saving (an adapter's own library can save it alone)."
+                f"{name}: expected no such tensor in {'.'.join(parts[:inside])}, for which an OPT "
+                "checkpoint has no place: an adapter, a parametrization, or another layer than OPT's. "
+                "Merge or remove it before saving (an adapter's own library can save it alone)."
             )
     return added
 

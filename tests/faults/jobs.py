@@ -119,6 +119,7 @@ def content(directory: Path) -> Content | None:
     if not directory.exists():
         return None
     with open_pretrained(directory, ARCHITECTURE) as found:
+        found.check()
         weights = {name: source.tensor.read().tobytes() for name, source in found.sources.items()}
         texts = {name: directory / name for name in TEXTS}
         return (

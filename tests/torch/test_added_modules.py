@@ -83,9 +83,25 @@ def test_an_added_tensor_of_another_shape(tmp_path):
         CheckpointError, match=r"value_head\.2\.weight: expected \(1, 8\).*\(2, 8\)"
     ):
         WithValue.from_pretrained(tmp_path)
-    again = WithValue.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    with pytest.warns(UserWarning, match=r"other shapes of value_head\.2\.weight.*anew"):
+        again = WithValue.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
     assert again.value_head[2].weight.shape == (1, 8)
     assert torch.equal(again.value_head[0].weight, model.value_head[0].weight)
+
+
+def test_a_class_whose_constructor_takes_the_configuration_alone(tmp_path):
+    """As most people write one; an argument that nobody gives is not handed on."""
+
+    class Valued(OPTForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.value = nn.Linear(24, 1)
+
+    with pytest.warns(UserWarning, match=r"value\.weight") as told:
+        model = Valued.from_pretrained(TIED)
+    assert told[0].filename == __file__  # and not a line of ours
+    model.save_pretrained(tmp_path)
+    assert torch.equal(Valued.from_pretrained(tmp_path).value.weight, model.value.weight)
 
 
 def test_values_that_nobody_can_make():
