@@ -44,7 +44,7 @@ gpu:  ## on a CUDA GPU, in GPU_PYTHON as it is: the most telling tests and measu
 	$(GPU_PYTHON) benchmarks/gpu.py --budget 460 --results $(GPU_RESULTS) $(GPU_OPTIONS); failed=$$?; \
 	$(GPU_PYTHON) docs/make_performance.py && exit $$failed
 
-gpu-full:  ## all tests and benchmarks of a GPU, in GPU_PYTHON as it is (about an hour)
+gpu-full:  ## all tests and benchmarks of a GPU, in GPU_PYTHON as it is
 	$(GPU_PYTHON) benchmarks/gpu.py --full --results $(GPU_RESULTS) $(GPU_OPTIONS); failed=$$?; \
 	$(GPU_PYTHON) docs/make_performance.py && exit $$failed
 
