@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from opt_core.errors import InputError
+from opt_core.validation import nearest
 
 
 def one_of(what: str, value: Any, choices: Iterable[Any]) -> Any:
@@ -22,6 +22,6 @@ def refuse_unknown(unknown: Mapping[str, Any], *functions: Callable[..., Any]) -
     """Raise TypeError for the first unknown argument, naming the nearest that a function has."""
     known = {name for function in functions for name in inspect.signature(function).parameters}
     for name in unknown.keys() - known:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        found = nearest(name, known)
+        hint = f"; did you mean {found!r}?" if found else ""
         raise TypeError(f"{functions[0].__qualname__}() has no argument {name!r}{hint}")

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, overload
 
@@ -17,6 +16,7 @@ from opt_core.files import JSON_LIMIT, atomic_write
 from opt_core.presets import published_sizes
 from opt_core.validation import (
     Check,
+    did_you_mean,
     flag,
     non_negative,
     one_of,
@@ -249,7 +249,7 @@ class OPTConfig:
         extra = self.__dict__.get("extra", {})
         if name in extra:
             return extra[name]
-        hint = _nearest(name, [*FIELDS, *extra])
+        hint = did_you_mean(name, [*FIELDS, *extra])
         raise AttributeError(f"OPTConfig has no attribute {name!r}.{hint}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -393,7 +393,7 @@ class OPTConfig:
         for name in unused:
             warnings.warn(
                 f"OPTConfig.from_pretrained: {name} is ignored, since it is no field of this "
-                f"configuration.{_nearest(name, known)} Set config.{name} to add it.",
+                f"configuration.{did_you_mean(name, known)} Set config.{name} to add it.",
                 stacklevel=2,
             )
         return config
@@ -415,14 +415,9 @@ class OPTConfig:
 
 def _known_names(values: Mapping[str, Any]) -> list[str]:
     """What may be overridden when a file is read: fields, what the file holds, options of generation."""
-    from opt_core.generation.config import FIELDS as OPTIONS
+    from opt_core.generation.config import OPTIONS
 
     return [*FIELDS, "_name_or_path", "dtype", "num_labels", "use_return_dict", *OPTIONS, *values]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def _checked_labels(labels: Any) -> dict[int, str]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +34,7 @@ from opt_core.params import Param
 from opt_core.saving import Added, Outgoing, write_weights
 from opt_core.snapshot import read_together
 from opt_core.staging import staged
+from opt_core.validation import did_you_mean
 
 #: Of several kinds of weights in one place, those of that framework are taken. What a file holds is
 #: told by its names, so that each is read without these.
@@ -198,8 +198,7 @@ def _check_overrides(overrides: dict[str, Any]) -> None:
     for name in overrides:
         if name not in (*FIELDS, "num_labels"):
             known = [*FIELDS, *HUB_OPTIONS, "dtype", "num_labels", "attn_implementation"]
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, known)
             raise InputError(f"from_pretrained has no option {name!r}.{hint}")
 
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from opt_core.errors import ConfigError
 
@@ -50,6 +51,17 @@ def one_of(names: tuple[str, ...], what: str) -> Check:
             raise ConfigError(f"{name}: unknown {what} {value!r}. Known: {', '.join(names)}.")
 
     return check
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like an unknown one, if any is."""
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name."""
+    found = nearest(name, known)
+    return f" Did you mean {found!r}?" if found else ""
 
 
 number = _check(

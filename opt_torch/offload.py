@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ from opt_core.loading import Source
 from opt_core.params import EMBEDDING_NAME, TIED_HEAD_NAME, param_table
 from opt_core.pretrained import Pretrained
 from opt_core.saving import Outgoing, write_weights
+from opt_core.validation import did_you_mean
 from opt_torch.weights import assign_one, find_parameter, to_numpy
 
 Device = str | int | torch.device
@@ -132,8 +132,7 @@ def _places(model: Any, mapping: Mapping[str, Device]) -> dict[str, str]:
     known = {"", *names, *(name for name, _ in model.named_modules())}
     for name in mapping:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(name, known)
             raise InputError(f"device_map names {name!r}, which the model does not have.{hint}")
     places = {}
     for name in names:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 import warnings
@@ -15,95 +14,163 @@ from typing import Any, ClassVar, Self
 from opt_core.config import OPTConfig, read_json_object
 from opt_core.errors import InputError
 from opt_core.files import atomic_write
-from opt_core.generation.values import CHECKS, NORMAL_FORMS, plain
+from opt_core.generation import values as v
+from opt_core.generation.options import (
+    ASSISTANT,
+    BEAMS,
+    CONTRASTIVE,
+    LOOKUP,
+    RECORDS,
+    SAMPLING,
+    Option,
+    option,
+)
+from opt_core.validation import (
+    did_you_mean,
+    flag,
+    non_negative,
+    number,
+    one_of,
+    optional,
+    positive,
+    probability,
+    token_id,
+    token_ids,
+    whole,
+)
 
 GENERATION_CONFIG_NAME = "generation_config.json"
+#: Caches of later versions.
+OTHER_CACHES = (
+    "dynamic",
+    "dynamic_full",
+    "hybrid",
+    "hybrid_chunked",
+    "offloaded",
+    "offloaded_hybrid",
+    "offloaded_hybrid_chunked",
+    "offloaded_static",
+    "paged",
+    "quantized",
+    "sliding_window",
+)
 
 
-@dataclasses.dataclass(frozen=True)
+_share = optional(probability)
+_factor = v.float32(positive)
+_scale = v.float32(non_negative)
+_LISTED: dict[str, Any] = {"form": v.tuples, "ids": v.tokens}
+
+
+@dataclasses.dataclass(unsafe_hash=True)
 class GenerationConfig:
     """Options of text generation.
 
     Names and defaults are those of transformers 4.37.2 (`generation/configuration_utils.py`), and a
     few that later versions added: `min_p`, `stop_strings`, `output_logits`, `dola_layers`,
-    `cache_implementation`. Lists become tuples; keys of other libraries are kept in `extra`.
+    `cache_implementation`. Options can be set one by one; each is checked when it is. Lists become
+    tuples; keys of other libraries are kept in `extra`.
 
     Raises:
         ConfigError: a value of the wrong kind or out of its range.
     """
 
-    # Lengths, and what else ends a sequence.
-    max_length: int = 20  # of prompt and new tokens together
-    max_new_tokens: int | None = None  # beats max_length
-    min_length: int = 0
-    min_new_tokens: int | None = None
-    early_stopping: bool | str = False  # of beams: True, False or "never"
-    max_time: float | None = None  # seconds
-    stop_strings: str | tuple[str, ...] | None = None
+    # Lengths, and what else ends a sequence. `max_new_tokens` beats `max_length`, which counts prompt
+    # and new tokens together; `early_stopping` of beams is True, False or "never"; seconds.
+    max_length: int = option(20, whole(1))
+    max_new_tokens: int | None = option(None, optional(whole(1)))
+    min_length: int = option(0, whole(0))
+    min_new_tokens: int | None = option(None, optional(whole(0)))
+    early_stopping: bool | str = option(False, v.early_stopping, purpose=BEAMS)
+    max_time: float | None = option(None, optional(positive))
+    stop_strings: str | tuple[str, ...] | None = option(
+        None, optional(v.stop_strings), form=v.one_or_more
+    )
     # The strategy.
-    do_sample: bool = False
-    num_beams: int = 1
-    num_beam_groups: int = 1
-    penalty_alpha: float | None = None
-    low_memory: bool | None = None
-    num_assistant_tokens: int = 5
-    num_assistant_tokens_schedule: str = "heuristic"
-    prompt_lookup_num_tokens: int | None = None
-    max_matching_ngram_size: int | None = None
-    dola_layers: str | tuple[int, ...] | None = None
-    force_words_ids: tuple[Any, ...] | None = None
+    do_sample: bool = option(False, flag)
+    num_beams: int = option(1, whole(1))
+    num_beam_groups: int = option(1, whole(1), purpose=BEAMS)
+    penalty_alpha: float | None = option(None, _share, purpose=CONTRASTIVE)
+    low_memory: bool | None = option(None, optional(flag), purpose=CONTRASTIVE)
+    num_assistant_tokens: int = option(5, whole(1), purpose=ASSISTANT)
+    num_assistant_tokens_schedule: str = option(
+        "heuristic",
+        one_of(("heuristic", "constant"), "schedule"),
+        purpose=ASSISTANT,
+        foreign=("heuristic_transient",),
+    )
+    prompt_lookup_num_tokens: int | None = option(None, optional(whole(1)))
+    max_matching_ngram_size: int | None = option(None, optional(whole(1)), purpose=LOOKUP)
+    dola_layers: str | tuple[int, ...] | None = option(None, optional(v.dola_layers), form=v.tuples)
+    force_words_ids: tuple[Any, ...] | None = option(None, optional(v.words), **_LISTED)
     # What is done to the scores.
-    temperature: float = 1.0
-    top_k: int | None = 50
-    top_p: float | None = 1.0
-    min_p: float | None = None
-    typical_p: float | None = 1.0
-    epsilon_cutoff: float = 0.0
-    eta_cutoff: float = 0.0
-    diversity_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    encoder_repetition_penalty: float = 1.0  # of tokens that are not in the prompt
-    length_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
-    sequence_bias: Any = None  # {token ids: bias} or [[token ids, bias], ...]
-    renormalize_logits: bool = False
-    forced_bos_token_id: int | None = None
-    forced_eos_token_id: int | tuple[int, ...] | None = None
-    remove_invalid_values: bool = False
-    exponential_decay_length_penalty: tuple[int, float] | None = None
-    suppress_tokens: tuple[int, ...] | None = None
-    begin_suppress_tokens: tuple[int, ...] | None = None
-    forced_decoder_ids: tuple[tuple[int, int], ...] | None = None
-    guidance_scale: float | None = None
+    temperature: float = option(1.0, _scale, purpose=SAMPLING)
+    top_k: int | None = option(50, optional(whole(0)), purpose=SAMPLING, none_counts=True)
+    top_p: float | None = option(1.0, _share, purpose=SAMPLING, none_counts=True)
+    min_p: float | None = option(None, _share, purpose=SAMPLING)
+    typical_p: float | None = option(1.0, _share, purpose=SAMPLING, none_counts=True)
+    epsilon_cutoff: float = option(0.0, probability, purpose=SAMPLING)
+    eta_cutoff: float = option(0.0, probability, purpose=SAMPLING)
+    diversity_penalty: float = option(0.0, _scale, purpose=BEAMS)
+    repetition_penalty: float = option(1.0, _factor)
+    encoder_repetition_penalty: float = option(1.0, _factor)  # of tokens not in the prompt
+    length_penalty: float = option(1.0, number, purpose=BEAMS)
+    no_repeat_ngram_size: int = option(0, whole(0))
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = option(
+        None, optional(v.listed(v.ids)), **_LISTED
+    )
+    sequence_bias: Mapping[Any, float] | tuple[Any, ...] | None = (
+        option(  # {token ids: bias} or [[token ids, bias], ...]
+            None, optional(v.sequence_bias), form=v.bias_pairs, ids=v.biased
+        )
+    )
+    renormalize_logits: bool = option(False, flag)
+    forced_bos_token_id: int | None = option(None, token_id, ids=v.tokens)
+    forced_eos_token_id: int | tuple[int, ...] | None = option(None, token_ids, **_LISTED)
+    remove_invalid_values: bool = option(False, flag)
+    exponential_decay_length_penalty: tuple[int, float] | None = option(
+        None, optional(v.pair(whole(0), positive)), form=v.tuples
+    )
+    suppress_tokens: tuple[int, ...] | None = option(None, optional(v.ids), **_LISTED)
+    begin_suppress_tokens: tuple[int, ...] | None = option(None, optional(v.ids), **_LISTED)
+    forced_decoder_ids: tuple[tuple[int, int], ...] | None = option(
+        None, optional(v.listed(v.pair(whole(0), whole(0)))), form=v.tuples, ids=v.forced
+    )
+    guidance_scale: float | None = option(None, optional(v.float32(number)))
     # How it is computed: "static" lets torch.compile serve all lengths; TF and Flax always do so.
-    cache_implementation: str | None = None
+    cache_implementation: str | None = option(
+        None, optional(one_of(("static",), "kind of cache")), foreign=OTHER_CACHES
+    )
     # What is returned.
-    num_return_sequences: int = 1
-    output_attentions: bool = False
-    output_hidden_states: bool = False
-    output_scores: bool = False
-    output_logits: bool = False
-    return_dict_in_generate: bool = False
+    num_return_sequences: int = option(1, whole(1))
+    output_attentions: bool = option(False, flag, purpose=RECORDS)
+    output_hidden_states: bool = option(False, flag, purpose=RECORDS)
+    output_scores: bool = option(False, flag, purpose=RECORDS)
+    output_logits: bool = option(False, flag, purpose=RECORDS)
+    return_dict_in_generate: bool = option(False, flag)
     # Special tokens.
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = option(None, token_id, ids=v.tokens, none_counts=True)
+    bos_token_id: int | None = option(None, token_id, none_counts=True)
+    eos_token_id: int | tuple[int, ...] | None = option(
+        None, token_ids, none_counts=True, **_LISTED
+    )
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     #: What a model's configuration said of generation when these became the model's own options.
     _followed: ClassVar[Mapping[str, Any] | None] = None
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = plain(getattr(self, field.name))
-            if value is None and field.name not in MEANINGFUL_NONE:
-                value = field.default  # None says nothing
-            if field.name in CHECKS:
-                CHECKS[field.name](field.name, value)
-            if field.name in NORMAL_FORMS:
-                value = NORMAL_FORMS[field.name](value)
-            object.__setattr__(self, field.name, value)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in OPTIONS:
+            value = OPTIONS[name].read(name, value)
+        elif name in OTHER_OPTIONS:
+            name, value = "extra", {**self.extra, name: value}
+        elif name != "extra":
+            raise AttributeError(
+                f"GenerationConfig has no option {name!r}.{did_you_mean(name, OPTIONS)} What belongs "
+                "to another library can be put into `extra`."
+            )
+        object.__setattr__(self, name, value)
+        object.__setattr__(self, "_followed", None)  # these are somebody's own now
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -117,14 +184,13 @@ class GenerationConfig:
             InputError: an unknown option.
             ConfigError: a value out of its range.
         """
-        own = {key: value for key, value in changes.items() if key in FIELDS}
-        foreign = {key: value for key, value in changes.items() if key not in FIELDS}
+        own = {key: value for key, value in changes.items() if key in OPTIONS}
+        foreign = {key: value for key, value in changes.items() if key not in OPTIONS}
         for name in foreign:
             if name in CALL_ARGUMENTS:
                 raise InputError(f"{name} is an argument of generate, not an option of its config.")
             if name not in OTHER_OPTIONS:
-                close = difflib.get_close_matches(name, [*FIELDS, *CALL_ARGUMENTS], n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
+                hint = did_you_mean(name, [*OPTIONS, *CALL_ARGUMENTS])
                 raise InputError(f"generate has no option {name!r}.{hint}")
         return dataclasses.replace(self, **own, extra={**self.extra, **foreign})
 
@@ -188,7 +254,7 @@ class GenerationConfig:
         known = {
             key: value
             for key, value in values.items()
-            if key in FIELDS and value not in FOREIGN.get(key, ()) and value not in ([], {})
+            if key in OPTIONS and value not in OPTIONS[key].foreign and value not in ([], {})
         }
         extra = {key: value for key, value in values.items() if key not in known}
         return cls(**known, extra=extra)
@@ -204,8 +270,8 @@ class GenerationConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form: what differs from the defaults, and the extras."""
-        defaults = GenerationConfig()
-        own = {f: getattr(self, f) for f in FIELDS if getattr(self, f) != getattr(defaults, f)}
+        values = {name: getattr(self, name) for name in OPTIONS}
+        own = {name: x for name, x in values.items() if x != OPTIONS[name].default}
         return {**self.extra, **own}
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
@@ -225,32 +291,16 @@ def _checked(value: object) -> GenerationConfig:
 
 def _generation_options(config: OPTConfig) -> dict[str, Any]:
     """What a model's configuration says of generation: its special tokens, and what old files hold."""
-    legacy = {k: v for k, v in config.extra.items() if k in FIELDS or k in OTHER_OPTIONS}
+    legacy = {k: v for k, v in config.extra.items() if k in OPTIONS or k in OTHER_OPTIONS}
     ids = {"pad_token_id": config.pad_token_id, "bos_token_id": config.bos_token_id}
     return {**legacy, **ids, "eos_token_id": config.eos_token_id}
 
 
-SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
-#: Fields in which None says something other than the default.
-MEANINGFUL_NONE = ("top_k", "top_p", "typical_p", *SPECIAL_TOKENS)
-FIELDS = tuple(f.name for f in dataclasses.fields(GenerationConfig) if f.name != "extra")
-#: Values of later versions that a file may hold, which say how to compute, not what.
-FOREIGN: Mapping[str, tuple[str, ...]] = {
-    "cache_implementation": (
-        "dynamic",
-        "dynamic_full",
-        "hybrid",
-        "hybrid_chunked",
-        "offloaded",
-        "offloaded_hybrid",
-        "offloaded_hybrid_chunked",
-        "offloaded_static",
-        "paged",
-        "quantized",
-        "sliding_window",
-    ),
-    "num_assistant_tokens_schedule": ("heuristic_transient",),
+#: The table: every option by name.
+OPTIONS: Mapping[str, Option] = {
+    f.name: f.metadata["option"] for f in dataclasses.fields(GenerationConfig) if f.metadata
 }
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 #: Options of the reference that are no fields here: name -> the value that says nothing, which is
 #: the only one that OPT can have, or None where the option has no effect on one process with a cache.
 OTHER_OPTIONS: Mapping[str, Any] = {

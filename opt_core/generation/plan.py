@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Generic, TypeVar
@@ -13,11 +13,19 @@ from typing import Any, Generic, TypeVar
 from opt_core.config import OPTConfig
 from opt_core.errors import InputError, UnsupportedError
 from opt_core.generation import processors as p
-from opt_core.generation.config import OTHER_OPTIONS, GenerationConfig
+from opt_core.generation.config import OPTIONS, OTHER_OPTIONS, GenerationConfig
 from opt_core.generation.constraints import read_constraints
 from opt_core.generation.dola import early_layers
 from opt_core.generation.hooks import NO_HOOKS, Hooks
 from opt_core.generation.numbers import NUMBER, numbers_in, with_numbers_in
+from opt_core.generation.options import (
+    ASSISTANT,
+    BEAMS,
+    CONTRASTIVE,
+    LOOKUP,
+    RECORDS,
+    SAMPLING,
+)
 from opt_core.generation.ordering import plan_processors
 from opt_core.generation.strategies import (
     AssistedSearch,
@@ -37,17 +45,6 @@ ALIGNED = 8
 LOWEST_TEMPERATURE = 1e-30
 #: Above it, in powers of ten, lengths with a length_penalty would no longer be numbers of float32.
 HIGHEST_POWER = 30
-#: Options -> what they are for; elsewhere they have no effect, which is said.
-PURPOSES = {
-    "temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff": "do_sample=True",
-    "early_stopping length_penalty num_beam_groups diversity_penalty": "num_beams above 1",
-    "penalty_alpha low_memory": "contrastive search (penalty_alpha, top_k, do_sample=False)",
-    "num_assistant_tokens num_assistant_tokens_schedule": "an assistant_model",
-    "max_matching_ngram_size": "prompt_lookup_num_tokens",
-    "output_scores output_logits output_attentions output_hidden_states": (
-        "return_dict_in_generate=True"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -255,28 +252,12 @@ def _max_new_tokens(
 
 
 def _check_ids(options: GenerationConfig, config: OPTConfig) -> None:
-    for name, ids in _ids(options):
-        for token in ids:
+    for name, row in OPTIONS.items():
+        for token in row.ids(getattr(options, name)):
             if not 0 <= token < config.vocab_size:
                 raise InputError(
                     f"{name}={token} lies outside the vocabulary of {config.vocab_size} tokens."
                 )
-
-
-def _ids(options: GenerationConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Each option's token ids."""
-    yield "eos_token_id", options.eos_token_ids
-    for name in ("pad_token_id", "forced_bos_token_id", "forced_eos_token_id"):
-        value = getattr(options, name)
-        yield name, () if value is None else value if isinstance(value, tuple) else (value,)
-    yield "suppress_tokens", options.suppress_tokens or ()
-    yield "begin_suppress_tokens", options.begin_suppress_tokens or ()
-    yield "forced_decoder_ids", tuple(token for _, token in options.forced_decoder_ids or ())
-    yield "bad_words_ids", tuple(token for word in options.bad_words_ids or () for token in word)
-    yield "sequence_bias", tuple(token for ids, _ in options.sequence_bias or () for token in ids)
-    for word in options.force_words_ids or ():
-        alternatives = (word,) if isinstance(word[0], int) else word
-        yield "force_words_ids", tuple(token for ids in alternatives for token in ids)
 
 
 def _check_consistency(options: GenerationConfig, length: int, max_new_tokens: int) -> None:
@@ -319,23 +300,21 @@ def _check_beams(options: GenerationConfig, config: OPTConfig, max_new_tokens: i
 
 
 def _warn_of_unused(options: GenerationConfig, mode: GenerationMode) -> None:
-    contrastive = mode is GenerationMode.CONTRASTIVE
-    used = {
-        "do_sample=True": options.do_sample,
-        "num_beams above 1": options.num_beams > 1,
-        "an assistant_model": mode is GenerationMode.ASSISTED,
-        "prompt_lookup_num_tokens": mode is GenerationMode.PROMPT_LOOKUP,
-        "return_dict_in_generate=True": options.return_dict_in_generate,
+    serves = {
+        SAMPLING: options.do_sample,
+        BEAMS: options.num_beams > 1,
+        CONTRASTIVE: mode is GenerationMode.CONTRASTIVE,
+        ASSISTANT: mode is GenerationMode.ASSISTED,
+        LOOKUP: mode is GenerationMode.PROMPT_LOOKUP,
+        RECORDS: options.return_dict_in_generate,
     }
-    defaults = GenerationConfig()
-    for names, purpose in PURPOSES.items():
-        if used.get(purpose, contrastive):
+    for name, row in OPTIONS.items():
+        value = getattr(options, name)
+        if row.purpose is None or serves[row.purpose] or value in (None, row.default):
             continue
-        for name in names.split():
-            value = getattr(options, name)
-            if value in (None, getattr(defaults, name)) or (name == "top_k" and contrastive):
-                continue
-            warnings.warn(f"{name}={value} has no effect without {purpose}.", stacklevel=4)
+        if name == "top_k" and serves[CONTRASTIVE]:
+            continue
+        warnings.warn(f"{name}={value} has no effect without {row.purpose}.", stacklevel=4)
 
 
 def _pad_token_id(options: GenerationConfig) -> int:

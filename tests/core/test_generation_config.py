@@ -12,21 +12,46 @@ import numpy as np
 import pytest
 
 from opt_core import ConfigError, GenerationConfig, InputError, OPTConfig
-from opt_core.generation.config import FIELDS
-from opt_core.generation.values import CHECKS
+from opt_core.generation.config import OPTIONS as TABLE
 from tests.cases import GOLDEN
 
 OPTIONS = GenerationConfig(pad_token_id=1, bos_token_id=2, eos_token_id=2)
 
 
-def test_every_field_is_checked() -> None:
-    assert set(CHECKS) == set(FIELDS)
+def test_every_field_is_an_option() -> None:
+    assert [*TABLE] == [f.name for f in dataclasses.fields(GenerationConfig)][:-1]
 
 
 def test_replace_makes_a_copy() -> None:
     assert OPTIONS.replace(max_length=7).max_length == 7
     assert OPTIONS.max_length == 20
     assert OPTIONS.replace(max_length=None, temperature=None) == OPTIONS  # None says nothing
+
+
+def test_options_can_be_set_and_are_checked() -> None:
+    """`model.generation_config.max_new_tokens = 3`, as users of the reference write."""
+    config = OPTIONS.replace()
+    before = hash(config)
+    config.max_new_tokens = 3
+    config.suppress_tokens = [4, 5]
+    config.temperature = None  # says nothing
+    assert config == OPTIONS.replace(max_new_tokens=3, suppress_tokens=(4, 5))
+    assert hash(config) == hash(OPTIONS.replace(max_new_tokens=3, suppress_tokens=(4, 5))) != before
+    with pytest.raises(ConfigError, match="num_beams: expected .*found 0"):
+        config.num_beams = 0
+    assert config.num_beams == 1
+    with pytest.raises(AttributeError, match="no option 'max_new_token'.*'max_new_tokens'"):
+        config.max_new_token = 3
+    config.use_cache = False
+    assert config.extra == {"use_cache": False} and OPTIONS.extra == {}
+
+
+def test_options_that_were_set_beat_the_models_configuration() -> None:
+    model = OPTConfig()
+    own = GenerationConfig.from_model_config(model)
+    model.max_length = 50
+    own.max_length = 9
+    assert GenerationConfig.of_call(None, own, model, {}).max_length == 9
 
 
 def test_an_unknown_option_names_the_nearest() -> None:
@@ -171,7 +196,7 @@ def test_every_field_comes_back(tmp_path: Path) -> None:
 
 def _passes(name: str, value: Any) -> bool:
     try:
-        CHECKS[name](name, value)
+        TABLE[name].check(name, value)
     except ConfigError:
         return False
     return True
