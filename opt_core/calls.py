@@ -67,7 +67,8 @@ class Facts:
 
     Attributes:
         length: of the queries; None while it is traced.
-        past: columns of past tokens; None where queries run over all columns of a fixed cache.
+        has_past: whether there are past tokens.
+        has_room: whether the keys are all columns of a fixed cache, those not in use too.
         hides: whether a mask hides tokens.
         has_texts: whether rows hold several texts.
         masks_heads: whether heads are masked.
@@ -76,7 +77,8 @@ class Facts:
     """
 
     length: int | None
-    past: int | None = 0
+    has_past: bool = False
+    has_room: bool = False
     hides: bool = False
     has_texts: bool = False
     masks_heads: bool = False
@@ -86,14 +88,21 @@ class Facts:
 
 @dataclass(frozen=True)
 class CallPlan:
-    """How a call is carried out; `remarks` are what the caller should be told once, by subject."""
+    """How a call is carried out.
+
+    Attributes:
+        is_causal: whether the kernel hides the keys to come by itself.
+        remarks: what the caller should be told once, by subject.
+    """
 
     kernel: Kernel
     bias: BiasKind
+    is_causal: bool
     use_cache: bool
     output_attentions: bool
     output_hidden_states: bool
     return_dict: bool
+    recomputes: bool
     remarks: tuple[tuple[str, str], ...] = ()
 
 
@@ -114,13 +123,17 @@ def plan_call(
     used, remarks = _usable(kernels, name, shows, dropout, facts)
     if facts.recomputes and asked.use_cache:
         remarks += (("use_cache", _NO_CACHE),)
+    kernel = kernels[used]
+    bias = _bias(kernel, facts)
     return CallPlan(
-        kernel=kernels[used],
-        bias=_bias(kernels[used], facts),
+        kernel=kernel,
+        bias=bias,
+        is_causal=bias is BiasKind.CAUSAL or (kernel.packs and facts.length != 1),
         use_cache=not facts.recomputes and _given(asked.use_cache, config.use_cache),
         output_attentions=shows,
         output_hidden_states=_given(asked.output_hidden_states, config.output_hidden_states),
         return_dict=_given(asked.return_dict, config.return_dict),
+        recomputes=facts.recomputes,
         remarks=remarks,
     )
 
@@ -144,7 +157,7 @@ def _usable(
         return EAGER, ((name, _RUNS_EAGER.format(name=name, lacks=" nor ".join(lacks))),)
     if not kernel.packs:
         return name, ()
-    if facts.past is None:  # a compiled program packs nothing
+    if facts.has_room:  # a compiled program packs nothing
         return FUSED, ()
     if (facts.hides or facts.has_texts) and not kernel.can_pack(dropout):
         return FUSED, (("packing", _RUNS_FUSED),)
@@ -155,10 +168,10 @@ def _bias(kernel: Kernel, facts: Facts) -> BiasKind:
     """As little as hides what has to be hidden."""
     if kernel.packs:
         return BiasKind.PACKED
-    if not facts.hides and not facts.has_texts and facts.past is not None:
+    if not (facts.hides or facts.has_texts or facts.has_room):
         if facts.length == 1:
             return BiasKind.NONE
-        if facts.past == 0 and kernel.is_causal:
+        if not facts.has_past and kernel.is_causal:
             return BiasKind.CAUSAL
     return BiasKind.FULL
 

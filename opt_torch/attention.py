@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opt_core import OPTConfig
+from opt_core.calls import Kernel
 from opt_torch.cache import LayerCache
-from opt_torch.flash import Packed, flash_attention
+from opt_torch.flash import Packed, can_pack, flash_attention
 from opt_torch.masks import Bias
 from opt_torch.parts import Linear, at_least_float32
 
@@ -77,10 +78,10 @@ def _seeing(query: Tensor, bias: Bias | None) -> Tensor:
 
 
 AttentionKernel = Callable[..., tuple[Tensor, Tensor | None]]
-KERNELS: Mapping[str, AttentionKernel] = {
-    "eager": eager_attention,
-    "sdpa": sdpa_attention,
-    "flash_attention_2": flash_attention,
+KERNELS: Mapping[str, Kernel] = {
+    "eager": Kernel(eager_attention, shows_weights=True, masks_heads=True, drops=True),
+    "sdpa": Kernel(sdpa_attention, drops=True, is_causal=True),
+    "flash_attention_2": Kernel(flash_attention, drops=True, packs=True, can_pack=can_pack),
 }
 DEFAULT_KERNEL = "sdpa"
 

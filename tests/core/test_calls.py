@@ -18,7 +18,8 @@ KERNELS = {
     "plain": Kernel(abs, is_causal=True),  # a fused kernel without dropout
     "flash": Kernel(sum, drops=True, packs=True, can_pack=lambda dropout: dropout == 0),
 }
-PROMPT, STEP, TRACED = Facts(7), Facts(1, past=7), Facts(1, past=None)
+PROMPT, STEP = Facts(7), Facts(1, has_past=True)
+TRACED = Facts(1, has_past=True, has_room=True)
 
 
 def plan(name: str = "sdpa", facts: Facts = PROMPT, config: Any = None, **asked: Any) -> CallPlan:
@@ -35,9 +36,9 @@ def chosen(plan: CallPlan) -> str:
         ("sdpa", PROMPT, "causal"),
         ("sdpa", replace(PROMPT, hides=True), "full"),
         ("sdpa", replace(PROMPT, has_texts=True), "full"),
-        ("sdpa", Facts(7, past=3), "full"),  # a causal flag would count from the upper left
+        ("sdpa", Facts(7, has_past=True), "full"),  # a causal flag would count from the upper left
         ("sdpa", Facts(None), "causal"),
-        ("sdpa", Facts(None, past=3), "full"),
+        ("sdpa", Facts(None, has_past=True), "full"),
         ("sdpa", STEP, "none"),
         ("sdpa", replace(STEP, hides=True), "full"),
         ("sdpa", TRACED, "full"),  # columns that are not in use
@@ -50,7 +51,9 @@ def chosen(plan: CallPlan) -> str:
     ],
 )
 def test_the_bias(name: str, facts: Facts, bias: str) -> None:
-    assert plan(name, facts).bias is BiasKind(bias)
+    found = plan(name, facts)
+    assert found.bias is BiasKind(bias)
+    assert found.is_causal == (bias == "causal" or (bias == "packed" and facts.length != 1))
 
 
 @pytest.mark.parametrize(

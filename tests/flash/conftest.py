@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from opt_torch import decoder, flash
+from opt_torch import flash
 from tests.flash.interpreter import ASKED, interpreted
 
 
@@ -48,7 +48,7 @@ def calls(package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Coun
         counted(name)
     monkeypatch.setattr(flash, "DEVICES", ("cpu",))
     monkeypatch.setattr(flash, "DTYPES", (torch.float32,))
-    monkeypatch.setattr(decoder, "_told", set())
+    monkeypatch.setattr("opt_core.calls._told", set())
     flash._FOUND.clear()
     assert flash.kernels().drops
     yield counts

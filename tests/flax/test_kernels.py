@@ -54,7 +54,7 @@ def test_no_mask_stays_none(seen, fused):
 
 
 def test_attentions_and_head_mask_fall_back_to_eager(seen, fused, monkeypatch):
-    monkeypatch.setattr(decoder, "_told", set())
+    monkeypatch.setattr("opt_core.calls._told", set())
     with pytest.warns(UserWarning, match="run 'eager' instead"):
         fused([[5, 6]], output_attentions=True)
     fused([[5, 6]], head_mask=np.ones((3, 4)))  # said once

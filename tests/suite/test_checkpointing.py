@@ -7,7 +7,6 @@ anew, so that its gradients belong to no loss at all.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import numpy as np
@@ -84,8 +83,7 @@ def test_what_else_is_shown_stays(backend: Backend) -> None:
 def test_a_cache_is_dropped_and_the_user_told_once(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module(f"{backend.package.__name__}.decoder")
-    monkeypatch.setattr(module, "_told", set())
+    monkeypatch.setattr("opt_core.calls._told", set())
     model = load(backend)
     options = {**BATCH, "train": True, "seed": 3}
     expected = backend.forward(model, **options, use_cache=False, compiled=True)["logits"]

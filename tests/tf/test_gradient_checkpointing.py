@@ -165,7 +165,7 @@ def test_a_compiler_does_not_merge_both_computations():
 
 
 def test_a_cache_is_not_kept_in_training_alone(monkeypatch):
-    monkeypatch.setattr("opt_tf.decoder._told", set())
+    monkeypatch.setattr("opt_core.calls._told", set())
     model = TFOPTForCausalLM(CONFIG)
     model.gradient_checkpointing_enable()
     assert model(IDS, use_cache=True).past_key_values is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
 
 from opt_core import OPTConfig, UnsupportedError
-from opt_torch import OPTForCausalLM, attention, decoder, flash
+from opt_torch import OPTForCausalLM, attention, flash
 from tests.cases import case
 from tests.flash_cases import (
     FLASH,
@@ -93,7 +94,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lets the kernels be called on this machine, in float32; what was found of them is forgotten."""
     monkeypatch.setattr(flash, "DEVICES", ("cpu",))
     monkeypatch.setattr(flash, "DTYPES", (torch.float32, torch.float64))
-    monkeypatch.setattr(decoder, "_told", set())
+    monkeypatch.setattr("opt_core.calls._told", set())
     flash._FOUND.clear()
     yield
     flash._FOUND.clear()
@@ -350,7 +351,8 @@ def test_a_mask_without_zeros_reaches_no_kernel(monkeypatch: pytest.MonkeyPatch)
         biases.append(bias)
         return attention.sdpa_attention(query, key, value, bias, *others)
 
-    monkeypatch.setitem(attention.KERNELS, "sdpa", spy)
+    kernel = replace(attention.KERNELS["sdpa"], function=spy)
+    monkeypatch.setitem(attention.KERNELS, "sdpa", kernel)
     whole = OPTForCausalLM.from_pretrained(case("pre_norm").folder)
     mask = torch.ones((2, LENGTH), dtype=torch.long)
     torch.testing.assert_close(
