@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from opt_core import OPTConfig, UnsupportedError
+from opt_core.calls import Kernel
 from opt_flax.cache import LayerCache
 from opt_flax.masks import Bias
 from opt_flax.parts import linear
@@ -113,10 +114,10 @@ def _seeing(query: Array, bias: Bias | None) -> Array:
 
 
 AttentionKernel = Callable[..., tuple[Array, Array | None]]
-KERNELS: Mapping[str, AttentionKernel] = {
-    "eager": eager_attention,
-    "sdpa": sdpa_attention,
-    "cudnn": cudnn_attention,
+KERNELS: Mapping[str, Kernel] = {
+    "eager": Kernel(eager_attention, shows_weights=True, masks_heads=True, drops=True),
+    "sdpa": Kernel(sdpa_attention, is_causal=True),
+    "cudnn": Kernel(cudnn_attention, is_causal=True),
 }
 DEFAULT_KERNEL = "eager"
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import Any
 
@@ -14,9 +13,10 @@ import numpy as np
 from jax import Array
 
 from opt_core import OPTConfig
+from opt_core.calls import Asked, BiasKind, CallPlan, Facts, plan_call, tell_once
 from opt_core.inputs import check_call, check_ids, check_positions
 from opt_core.params import POSITION_OFFSET, Kind, has_final_norm, projects_embeddings
-from opt_flax.attention import DEFAULT_KERNEL, KERNELS, AttentionKernel
+from opt_flax.attention import DEFAULT_KERNEL, KERNELS
 from opt_flax.cache import KVCache, LayerCache
 from opt_flax.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
 from opt_flax.masks import Bias, attention_bias, packed_texts, positions_from_mask
@@ -88,25 +88,17 @@ class OPTDecoder(nn.Module):
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Arguments and result as `OPTModule`."""
         config = self.config
-        recomputes = self.gradient_checkpointing and not (deterministic or self.is_initializing())
-        use_cache = self._use_cache(use_cache, past_key_values is not None, recomputes)
-        if output_attentions is None:
-            output_attentions = config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        return_dict = config.return_dict if return_dict is None else return_dict
         past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
         self._check(input_ids, inputs_embeds, attention_mask, position_ids, head_mask, past)
         past_length = 0 if past is None else past.used
+        has_room = past is not None and past.length is not None
 
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, E]
             inputs_embeds = still_pads(inputs_embeds, input_ids, config.pad_token_id)
         length = inputs_embeds.shape[1]
         # A query runs over all columns of a fixed cache; the bias hides those not in use.
-        total = length if past is None else length + past.capacity
-        if past is not None and past.length is not None:
-            total = past.capacity
+        total = length if past is None else past.capacity if has_room else length + past.capacity
         if attention_mask is not None:
             attention_mask = jnp.pad(attention_mask, ((0, 0), (0, total - attention_mask.shape[1])))
         texts = None
@@ -114,29 +106,33 @@ class OPTDecoder(nn.Module):
             texts = packed_texts(position_ids)
         if position_ids is None:
             position_ids = self._positions(attention_mask, length, past_length)
+        plan = plan_call(
+            config,
+            KERNELS,
+            self.attn_implementation,
+            Asked(
+                past is not None if use_cache is None else use_cache,  # as in the reference
+                output_attentions,
+                output_hidden_states,
+                return_dict,
+            ),
+            Facts(
+                length=length,
+                has_past=past is not None,
+                has_room=has_room,
+                hides=attention_mask is not None,
+                has_texts=texts is not None,
+                masks_heads=head_mask is not None,
+                trains=not deterministic,
+                recomputes=self.gradient_checkpointing
+                and not (deterministic or self.is_initializing()),
+            ),
+        )
+        tell_once(plan)
         hidden_states = self._embed(inputs_embeds, position_ids)
-        kernel = self._kernel(output_attentions, head_mask, deterministic)
-        bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past, total, texts)
-        hidden_states, cache, all_hidden_states, all_attentions = self._run_layers(
-            hidden_states,
-            kernel,
-            bias,
-            is_causal,
-            head_mask,
-            past,
-            deterministic,
-            recomputes,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-        )
-        output = BaseModelOutput(
-            last_hidden_state=hidden_states,
-            past_key_values=cache if use_cache else None,
-            hidden_states=all_hidden_states if output_hidden_states else None,
-            attentions=all_attentions if output_attentions else None,
-        )
-        return output if return_dict else output.to_tuple()
+        bias = self._bias(plan.bias, attention_mask, hidden_states, past_length, total, texts)
+        output = self._run_layers(plan, hidden_states, bias, head_mask, past, deterministic)
+        return output if plan.return_dict else output.to_tuple()
 
     def _embed(self, inputs_embeds: Array, position_ids: Array) -> Array:
         """[B, T, E] -> [B, T, D]"""
@@ -147,19 +143,14 @@ class OPTDecoder(nn.Module):
 
     def _run_layers(
         self,
+        plan: CallPlan,
         hidden_states: Array,
-        kernel: AttentionKernel,
         bias: Bias | None,
-        is_causal: bool,
         head_mask: Array | None,
         past: KVCache | None,
         deterministic: bool,
-        recomputes: bool,
-        use_cache: bool,
-        output_attentions: bool,
-        output_hidden_states: bool,
-    ) -> tuple[Array, KVCache, tuple[Array, ...], tuple[Array, ...]]:
-        """Returns the output [B, T, E], the cache, every layer's input and attention weights.
+    ) -> BaseModelOutput:
+        """The output [B, T, E], and what the plan asks for: the cache, every layer's input and weights.
 
         What is not asked for is not kept: its memory serves the next layer.
         """
@@ -167,15 +158,15 @@ class OPTDecoder(nn.Module):
         all_attentions: tuple[Array, ...] = ()
         caches: tuple[LayerCache, ...] = ()
         for index, layer in enumerate(self.layers.items):
-            if output_hidden_states:
+            if plan.output_hidden_states:
                 all_hidden_states += (hidden_states,)
             residual = hidden_states
-            run = partial(recomputed, layer) if recomputes else layer
+            run = partial(recomputed, layer) if plan.recomputes else layer
             hidden_states, weights, cache = run(
                 hidden_states,
-                kernel,
+                plan.kernel.function,
                 bias,
-                is_causal,
+                plan.is_causal,
                 None if head_mask is None else head_mask[index][:, None, None],  # [N, 1, 1]
                 None if past is None else past.layers[index],
                 None if past is None else past.length,
@@ -185,9 +176,9 @@ class OPTDecoder(nn.Module):
                 # What a compiled program returns is fixed: a dropped layer shows weights and cache.
                 dropped = jax.random.uniform(self.make_rng("dropout")) < self.layerdrop
                 hidden_states = jnp.where(dropped, residual, hidden_states)
-            if use_cache:
+            if plan.use_cache:
                 caches += (cache,)
-            if output_attentions and weights is not None:
+            if plan.output_attentions and weights is not None:
                 all_attentions += (weights,)
         length = hidden_states.shape[1]
         if self.final_layer_norm is not None:
@@ -195,41 +186,31 @@ class OPTDecoder(nn.Module):
         if self.project_out is not None:
             hidden_states = self.project_out(hidden_states)
         all_hidden_states += (hidden_states,)
-        return (
-            hidden_states,
-            KVCache(caches) if past is None else past.advanced(caches, length),
-            all_hidden_states,
-            all_attentions,
+        cache = None
+        if plan.use_cache:
+            cache = KVCache(caches) if past is None else past.advanced(caches, length)
+        return BaseModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=cache,
+            hidden_states=all_hidden_states if plan.output_hidden_states else None,
+            attentions=all_attentions if plan.output_attentions else None,
         )
-
-    def _use_cache(self, use_cache: bool | None, default: bool, recomputes: bool) -> bool:
-        if recomputes and use_cache:
-            _warn_once(
-                "use_cache",
-                "Gradient checkpointing keeps no keys and values in training: use_cache=True has no "
-                "effect there (said once).",
-            )
-        return not recomputes and (default if use_cache is None else use_cache)
 
     def _bias(
         self,
-        kernel: AttentionKernel,
+        kind: BiasKind,
         attention_mask: Array | None,
         hidden_states: Array,
-        past: KVCache | None,
+        past_length: int | Array,
         total: int,
         texts: Array | None,
-    ) -> tuple[Bias | None, bool]:
-        """The bias and the causal flag that the kernel needs, as few as possible."""
+    ) -> Bias | None:
+        """What tells the kernel which keys are hidden."""
         length = hidden_states.shape[1]
-        if attention_mask is None and texts is None and (past is None or past.length is None):
-            if length == 1:  # one query sees all keys
-                return None, False
-            if past is None and kernel is not KERNELS["eager"]:
-                return None, True
-        past_length = 0 if past is None else past.used
-        dtype = hidden_states.dtype
-        return attention_bias(attention_mask, length, total, past_length, dtype, texts), False
+        if kind is BiasKind.FULL:
+            dtype = hidden_states.dtype
+            return attention_bias(attention_mask, length, total, past_length, dtype, texts)
+        return None
 
     def _positions(
         self, attention_mask: Array | None, length: int, past_length: int | Array
@@ -238,21 +219,6 @@ class OPTDecoder(nn.Module):
         if attention_mask is not None:
             return positions_from_mask(attention_mask, past_length, length)
         return past_length + jnp.arange(length)[None]
-
-    def _kernel(
-        self, output_attentions: bool, head_mask: Array | None, deterministic: bool
-    ) -> AttentionKernel:
-        drops = not deterministic and self.config.attention_dropout > 0
-        if (
-            output_attentions or head_mask is not None or drops
-        ) and self.attn_implementation != "eager":
-            _warn_once(
-                self.attn_implementation,
-                f"attn_implementation={self.attn_implementation!r} neither shows attention weights nor "
-                "masks heads nor has dropout: such calls run 'eager' instead (said once).",
-            )
-            return KERNELS["eager"]
-        return KERNELS[self.attn_implementation]
 
     def _check(
         self,
@@ -279,12 +245,3 @@ class OPTDecoder(nn.Module):
         if position_ids is not None and is_readable(position_ids) and position_ids.size:
             positions, limit = np.asarray(position_ids), self.config.max_position_embeddings
             check_positions(int(positions.min()), int(positions.max()), limit)
-
-
-_told: set[str] = set()
-
-
-def _warn_once(what: str, message: str) -> None:
-    if what not in _told:
-        _told.add(what)
-        warnings.warn(message, stacklevel=2)

@@ -11,6 +11,7 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core import OPTConfig
+from opt_core.calls import Kernel
 from opt_tf.cache import LayerCache
 from opt_tf.masks import Bias
 from opt_tf.parts import at_least_float32, in_float32, linear
@@ -84,7 +85,10 @@ def _swap_axes(x: Tensor) -> Tensor:
 
 
 AttentionKernel = Callable[..., tuple[Tensor, Tensor | None]]
-KERNELS: Mapping[str, AttentionKernel] = {"eager": eager_attention, "sdpa": sdpa_attention}
+KERNELS: Mapping[str, Kernel] = {
+    "eager": Kernel(eager_attention, shows_weights=True, masks_heads=True, drops=True),
+    "sdpa": Kernel(sdpa_attention, is_causal=True),
+}
 DEFAULT_KERNEL = "eager"
 
 

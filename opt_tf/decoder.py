@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,9 @@ import tensorflow as tf
 from tensorflow import Tensor
 
 from opt_core import OPTConfig
+from opt_core.calls import Asked, BiasKind, CallPlan, Facts, plan_call, tell_once
 from opt_core.params import has_final_norm, projects_embeddings
-from opt_tf.attention import DEFAULT_KERNEL, KERNELS, AttentionKernel
+from opt_tf.attention import DEFAULT_KERNEL, KERNELS
 from opt_tf.cache import KVCache, LayerCache
 from opt_tf.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
 from opt_tf.masks import Bias, attention_bias, packed_texts, positions_from_mask
@@ -96,13 +96,6 @@ class OPTDecoder(keras.layers.Layer):
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Arguments and result as `TFOPTModel.call`."""
         config = self.config
-        recomputes = self.gradient_checkpointing and bool(training)
-        use_cache = self._use_cache(use_cache, config.use_cache, recomputes)
-        if output_attentions is None:
-            output_attentions = config.output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        return_dict = config.return_dict if return_dict is None else return_dict
         past = None if past_key_values is None else KVCache.from_pairs(past_key_values)
         past_length = 0 if past is None else past.used
 
@@ -119,29 +112,31 @@ class OPTDecoder(keras.layers.Layer):
             texts = packed_texts(position_ids)
         if position_ids is None:
             position_ids = self._positions(attention_mask, length, past_length)
+        # In a compiled loop the kernel sees all columns, and the bias hides those not in use.
+        is_known = isinstance(past_length, int)
+        has_room = past is not None and past.length is not None and not is_known
+        total = past.capacity if has_room else past_length + length
+        plan = plan_call(
+            config,
+            KERNELS,
+            self.attn_implementation,
+            Asked(use_cache, output_attentions, output_hidden_states, return_dict),
+            Facts(
+                length=inputs_embeds.shape[1],
+                has_past=not is_known or past_length != 0,
+                has_room=has_room,
+                hides=attention_mask is not None,
+                has_texts=texts is not None,
+                masks_heads=head_mask is not None,
+                trains=bool(training),
+                recomputes=self.gradient_checkpointing and bool(training),
+            ),
+        )
+        tell_once(plan)
         hidden_states = self._embed(inputs_embeds, position_ids)
-        kernel = self._kernel(output_attentions, head_mask, training)
-        bias, is_causal = self._bias(kernel, attention_mask, hidden_states, past, texts)
-        hidden_states, cache, all_hidden_states, all_attentions = self._run_layers(
-            hidden_states,
-            kernel,
-            bias,
-            is_causal,
-            head_mask,
-            past,
-            training,
-            recomputes,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-        )
-        output = BaseModelOutput(
-            last_hidden_state=hidden_states,
-            past_key_values=cache if use_cache else None,
-            hidden_states=all_hidden_states if output_hidden_states else None,
-            attentions=all_attentions if output_attentions else None,
-        )
-        return output if return_dict else output.to_tuple()
+        bias = self._bias(plan.bias, attention_mask, hidden_states, past_length, total, texts)
+        output = self._run_layers(plan, hidden_states, bias, head_mask, past, training)
+        return output if plan.return_dict else output.to_tuple()
 
     def _embed(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
         """[B, T, E] -> [B, T, D]"""
@@ -152,19 +147,14 @@ class OPTDecoder(keras.layers.Layer):
 
     def _run_layers(
         self,
+        plan: CallPlan,
         hidden_states: Tensor,
-        kernel: AttentionKernel,
         bias: Bias | None,
-        is_causal: bool,
         head_mask: Tensor | None,
         past: KVCache | None,
         training: bool | None,
-        recomputes: bool,
-        use_cache: bool,
-        output_attentions: bool,
-        output_hidden_states: bool,
-    ) -> tuple[Tensor, KVCache, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Returns the output [B, T, E], the cache, every layer's input and attention weights.
+    ) -> BaseModelOutput:
+        """The output [B, T, E], and what the plan asks for: the cache, every layer's input and weights.
 
         What is not asked for is not kept: its memory serves the next layer.
         """
@@ -172,17 +162,17 @@ class OPTDecoder(keras.layers.Layer):
         all_attentions: tuple[Tensor, ...] = ()
         caches: tuple[LayerCache, ...] = ()
         for index, layer in enumerate(self.layers):
-            if output_hidden_states:
+            if plan.output_hidden_states:
                 all_hidden_states += (hidden_states,)
             keeps = self._keeps_layer() if training and self.layerdrop else True
             if keeps is False:
                 continue
-            run = partial(recomputed, layer) if recomputes else layer
+            run = partial(recomputed, layer) if plan.recomputes else layer
             output, weights, cache = run(
                 hidden_states,
-                kernel=kernel,
+                kernel=plan.kernel.function,
                 bias=bias,
-                is_causal=is_causal,
+                is_causal=plan.is_causal,
                 head_mask=None
                 if head_mask is None
                 else head_mask[index][:, None, None],  # [N, 1, 1]
@@ -191,9 +181,9 @@ class OPTDecoder(keras.layers.Layer):
                 seed=self._next_seed() if training else None,
             )
             hidden_states = output if keeps is True else tf.where(keeps, output, hidden_states)
-            if use_cache:
+            if plan.use_cache:
                 caches += (cache,)
-            if output_attentions and weights is not None:
+            if plan.output_attentions and weights is not None:
                 all_attentions += (weights,)
         length = keras.ops.shape(hidden_states)[1]
         if self.final_layer_norm is not None:
@@ -201,21 +191,15 @@ class OPTDecoder(keras.layers.Layer):
         if self.project_out is not None:
             hidden_states = self.project_out(hidden_states)
         all_hidden_states += (hidden_states,)
-        return (
-            hidden_states,
-            KVCache(caches) if past is None else past.advanced(caches, length),
-            all_hidden_states,
-            all_attentions,
+        cache = None
+        if plan.use_cache:
+            cache = KVCache(caches) if past is None else past.advanced(caches, length)
+        return BaseModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=cache,
+            hidden_states=all_hidden_states if plan.output_hidden_states else None,
+            attentions=all_attentions if plan.output_attentions else None,
         )
-
-    def _use_cache(self, use_cache: bool | None, default: bool, recomputes: bool) -> bool:
-        if recomputes and use_cache:
-            _warn_once(
-                "use_cache",
-                "Gradient checkpointing keeps no keys and values in training: use_cache=True has no "
-                "effect there (said once).",
-            )
-        return not recomputes and (default if use_cache is None else use_cache)
 
     def _next_seed(self) -> Tensor:
         return tf.cast(self.seed_generator.next(), tf.int64)  # [2]
@@ -236,28 +220,19 @@ class OPTDecoder(keras.layers.Layer):
 
     def _bias(
         self,
-        kernel: AttentionKernel,
+        kind: BiasKind,
         attention_mask: Tensor | None,
         hidden_states: Tensor,
-        past: KVCache | None,
+        past_length: int | Tensor,
+        total: int | Tensor,
         texts: Tensor | None,
-    ) -> tuple[Bias | None, bool]:
-        """The bias and the causal flag that the kernel needs, as few as possible."""
+    ) -> Bias | None:
+        """What tells the kernel which keys are hidden."""
         length = keras.ops.shape(hidden_states)[1]
-        past_length = 0 if past is None else past.used
-        if not isinstance(past_length, int) and past.length is not None:
-            # In a compiled loop the kernel sees all columns, and the bias hides those not in use.
+        if kind is BiasKind.FULL:
             dtype = hidden_states.dtype
-            bias = attention_bias(attention_mask, length, past.capacity, past_length, dtype)
-            return bias, False
-        if attention_mask is None and texts is None:
-            if hidden_states.shape[1] == 1:  # one query sees all keys
-                return None, False
-            if isinstance(past_length, int) and past_length == 0 and kernel is not KERNELS["eager"]:
-                return None, True
-        total = past_length + length
-        dtype = hidden_states.dtype
-        return attention_bias(attention_mask, length, total, past_length, dtype, texts), False
+            return attention_bias(attention_mask, length, total, past_length, dtype, texts)
+        return None
 
     def _positions(
         self, attention_mask: Tensor | None, length: int | Tensor, past_length: int | Tensor
@@ -266,27 +241,3 @@ class OPTDecoder(keras.layers.Layer):
         if attention_mask is not None:
             return positions_from_mask(attention_mask, past_length, length)
         return past_length + tf.range(length)[None]
-
-    def _kernel(
-        self, output_attentions: bool, head_mask: Tensor | None, training: bool | None
-    ) -> AttentionKernel:
-        drops = bool(training) and self.config.attention_dropout > 0
-        if output_attentions or head_mask is not None or drops:
-            if self.attn_implementation != "eager":
-                _warn_once(
-                    self.attn_implementation,
-                    f"attn_implementation={self.attn_implementation!r} shows no attention weights, "
-                    "and neither masks heads nor drops weights: such calls run 'eager' instead (said "
-                    "once).",
-                )
-            return KERNELS["eager"]
-        return KERNELS[self.attn_implementation]
-
-
-_told: set[str] = set()
-
-
-def _warn_once(what: str, message: str) -> None:
-    if what not in _told:
-        _told.add(what)
-        warnings.warn(message, stacklevel=2)

@@ -184,8 +184,6 @@ SIGNATURES: dict[tuple[str, str, str], str] = {
     ("*", "heads.py", "OPTForCausalLM.forward"): "the reference's order in that framework",
     ("flax", "model.py", "OPTModel.forward"): "the reference's order in that framework",
     ("flax", "task_heads.py", "*.forward"): "the order of the reference's other classes in Flax",
-    ("*", "decoder.py", "OPTDecoder._bias"): GRAPH,
-    ("*", "decoder.py", "OPTDecoder._kernel"): FLASH,
     ("*", "generation/decode.py", "decode_step"): CUDA,
     ("*", "generation/generate.py", "_noise"): "a graph takes its randomness as an argument",
     ("tf", "weights.py", "to_numpy resized"): "a Keras kernel is stored transposed",
