@@ -275,7 +275,8 @@ class GenerationConfig:
         return {**self.extra, **own}
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes generation_config.json into `directory`."""
+        """Writes generation_config.json into `directory`, which is made if need be."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
         atomic_write(Path(directory) / GENERATION_CONFIG_NAME, text)
 

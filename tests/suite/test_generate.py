@@ -301,3 +301,13 @@ def test_what_is_set_in_the_models_configuration_is_used(backend: Backend) -> No
         1,
         6,
     )
+
+
+def test_the_models_own_settings_can_be_set(backend: Backend) -> None:
+    """`model.generation_config.max_new_tokens = 3`, as users of the reference write."""
+    model = backend.load(TINY_SUMS)
+    ids = np.array([[2, 5, 6, 7]])
+    model.generation_config.max_new_tokens = 3
+    model.generation_config.eos_token_id = None
+    assert backend.generate(model, ids).shape == (1, 7)
+    assert backend.load(TINY_SUMS).generation_config.max_new_tokens is None
