@@ -74,6 +74,7 @@ class Facts:
         masks_heads: whether heads are masked.
         trains: whether dropout is active.
         recomputes: whether layers are computed again for their gradients.
+        keeps_cache: whether a cache is kept unless the caller says; None for what the configuration says.
     """
 
     length: int | None
@@ -84,6 +85,7 @@ class Facts:
     masks_heads: bool = False
     trains: bool = False
     recomputes: bool = False
+    keeps_cache: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def plan_call(
         kernel=kernel,
         bias=bias,
         is_causal=bias is BiasKind.CAUSAL or (kernel.packs and facts.length != 1),
-        use_cache=not facts.recomputes and _given(asked.use_cache, config.use_cache),
+        use_cache=not facts.recomputes
+        and _given(asked.use_cache, _given(facts.keeps_cache, config.use_cache)),
         output_attentions=shows,
         output_hidden_states=_given(asked.output_hidden_states, config.output_hidden_states),
         return_dict=_given(asked.return_dict, config.return_dict),

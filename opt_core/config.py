@@ -417,7 +417,8 @@ def _known_names(values: Mapping[str, Any]) -> list[str]:
     """What may be overridden when a file is read: fields, what the file holds, options of generation."""
     from opt_core.generation.config import OPTIONS
 
-    return [*FIELDS, "_name_or_path", "dtype", "num_labels", "use_return_dict", *OPTIONS, *values]
+    fields = (name for name in FIELDS if name != "extra")
+    return [*fields, "_name_or_path", "dtype", "num_labels", "use_return_dict", *OPTIONS, *values]
 
 
 def _checked_labels(labels: Any) -> dict[int, str]:

@@ -19,7 +19,11 @@ from opt_core.checkpoints import CheckpointReader, LazyTensor
 from opt_core.config import CONFIG_NAME, FIELDS, OPTConfig
 from opt_core.errors import ConfigError, InputError
 from opt_core.formats import DEFAULT_FORMAT, FORMATS, shadows
-from opt_core.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+from opt_core.generation.config import (
+    GENERATION_CONFIG_NAME,
+    SPECIAL_TOKENS,
+    GenerationConfig,
+)
 from opt_core.hub import HUB_OPTIONS, resolve, take_hub_options
 from opt_core.loading import (
     LoadReport,
@@ -146,7 +150,8 @@ def open_pretrained(
         settings = GenerationConfig.from_model_config(found)
         if (directory / GENERATION_CONFIG_NAME).is_file():
             own = GenerationConfig.from_json_file(directory / GENERATION_CONFIG_NAME)
-            settings = own.following(found)
+            given = {name: options[name] for name in SPECIAL_TOKENS if name in options}
+            settings = own.replace(**given).following(found)
         return reader, found, settings
 
     reader, own_config, generation_config = read_together(directory, read)
@@ -155,6 +160,8 @@ def open_pretrained(
         if architecture == "OPTForCausalLM":
             own_config = _as_tied(own_config, reader, name_or_path)
         sources, report = match(own_config, architecture, reader)
+        if None not in (dtype, torch_dtype) and dtype != torch_dtype:
+            raise InputError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} differ: give one.")
         dtype = dtype if torch_dtype is None else torch_dtype
         name = resolve_dtype(dtype, own_config, reader)
         stored_dtype = resolve_dtype("auto", own_config, reader)
@@ -196,7 +203,7 @@ def _check_overrides(overrides: dict[str, Any]) -> None:
             "files; TensorFlow and JAX have them in memory of their own. Leave mmap out."
         )
     for name in overrides:
-        if name not in (*FIELDS, "num_labels"):
+        if name not in (*FIELDS, "num_labels") or name == "extra":
             known = [*FIELDS, *HUB_OPTIONS, "dtype", "num_labels", "attn_implementation"]
             hint = did_you_mean(name, known)
             raise InputError(f"from_pretrained has no option {name!r}.{hint}")
@@ -239,7 +246,7 @@ def save_pretrained(
         everything: list[Outgoing | Added] = [*outgoing, *added]
         write_weights(folder, everything, format, architecture, max_shard_size=max_shard_size)
         config.replace(architectures=[architecture], torch_dtype=dtype).save_pretrained(folder)
-        generation_config.save_pretrained(folder)
+        generation_config.updated(config).save_pretrained(folder)
 
 
 def _in_memory(param: Param, read: Callable[[], np.ndarray]) -> Source:

@@ -81,7 +81,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
 
 
 def write_tokenizer(folder: Path, files: TokenizerFiles, engine_json: str) -> list[Path]:
-    """Write five files (and added_tokens.json if needed) into `folder`, each at once or not at all.
+    """Write five files (and added_tokens.json if needed) into `folder`, all at once or not at all.
 
     transformers 4.37.2 to 5.x and CTranslate2 read them. `engine_json` is `Tokenizer.to_str()`.
     """
@@ -105,9 +105,11 @@ def write_tokenizer(folder: Path, files: TokenizerFiles, engine_json: str) -> li
     }
     if beyond:
         texts["added_tokens.json"] = _dump(beyond)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        atomic_write(folder / name, text)
+    from opt_core.staging import staged
+
+    with staged(folder, obsolete=lambda name: name == "added_tokens.json") as stage:
+        for name, text in texts.items():
+            atomic_write(stage / name, text)
     return [folder / name for name in texts]
 
 

@@ -110,12 +110,7 @@ class OPTDecoder(nn.Module):
             config,
             KERNELS,
             self.attn_implementation,
-            Asked(
-                past is not None if use_cache is None else use_cache,  # as in the reference
-                output_attentions,
-                output_hidden_states,
-                return_dict,
-            ),
+            Asked(use_cache, output_attentions, output_hidden_states, return_dict),
             Facts(
                 length=length,
                 has_past=past is not None,
@@ -126,6 +121,7 @@ class OPTDecoder(nn.Module):
                 trains=not deterministic,
                 recomputes=self.gradient_checkpointing
                 and not (deterministic or self.is_initializing()),
+                keeps_cache=past is not None,  # as in the reference
             ),
         )
         tell_once(plan)

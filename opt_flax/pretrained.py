@@ -373,13 +373,14 @@ class FlaxOPTPreTrainedModel:
 
     def _given(self, params: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """The parameters of a call, or the model's; raises InputError for a head that would be ignored."""
-        if params is not None and HEAD in params and self.config.tie_word_embeddings:
+        tree = self.params if params is None else params
+        if HEAD in tree and self.config.tie_word_embeddings:
             raise InputError(
                 f"params: expected no {HEAD}, since config.tie_word_embeddings makes the head the word "
                 f"embedding, found one. Make the model with tie_word_embeddings=False to use it, or "
-                f"leave {HEAD} out."
+                f"leave {HEAD} out, as model.tie_weights() does."
             )
-        return self.params if params is None else params
+        return tree
 
     def _call(
         self,

@@ -150,6 +150,8 @@ class TFOPTPreTrainedModel(KerasModel):
 
     def _replace(self, owner: keras.layers.Layer, name: str, layer: Any) -> None:
         """Puts another layer, or none, in a place; what was compiled still has the one before."""
+        if layer is not None and not layer.built:
+            layer.build((None, self.config.word_embed_proj_dim))
         replace_layer(owner, name, layer)
         self._forget()
 

@@ -21,7 +21,7 @@ from opt_torch.flash import Packed, pack
 from opt_torch.layers import OPTDecoderLayer, OPTLearnedPositionalEmbedding, layer_norm
 from opt_torch.masks import Bias, attention_bias, packed_texts, positions_from_mask, without_effect
 from opt_torch.outputs import BaseModelOutput
-from opt_torch.parts import Embedding, Linear, is_readable
+from opt_torch.parts import Embedding, Linear, is_readable, own_layers
 
 
 class OPTDecoder(nn.Module):
@@ -34,19 +34,20 @@ class OPTDecoder(nn.Module):
         self.layerdrop = config.layerdrop
         self.gradient_checkpointing = False
         embed = config.word_embed_proj_dim
-        self.embed_tokens = Embedding(config.vocab_size, embed, config.pad_token_id)
-        self.embed_positions = OPTLearnedPositionalEmbedding(config)
-        # opt-350m has narrower word embeddings, projected to the hidden size and back.
-        self.project_in: nn.Linear | None = None
-        self.project_out: nn.Linear | None = None
-        if projects_embeddings(config):
-            self.project_in = Linear(embed, config.hidden_size, bias=False)
-            self.project_out = Linear(config.hidden_size, embed, bias=False)
-        # No final norm in a post-norm model, nor where `_remove_final_layer_norm` says so.
-        self.final_layer_norm = layer_norm(config) if has_final_norm(config) else None
-        self.layers = nn.ModuleList(
-            OPTDecoderLayer(config) for _ in range(config.num_hidden_layers)
-        )
+        with own_layers():
+            self.embed_tokens = Embedding(config.vocab_size, embed, config.pad_token_id)
+            self.embed_positions = OPTLearnedPositionalEmbedding(config)
+            # opt-350m has narrower word embeddings, projected to the hidden size and back.
+            self.project_in: nn.Linear | None = None
+            self.project_out: nn.Linear | None = None
+            if projects_embeddings(config):
+                self.project_in = Linear(embed, config.hidden_size, bias=False)
+                self.project_out = Linear(config.hidden_size, embed, bias=False)
+            # No final norm in a post-norm model, nor where `_remove_final_layer_norm` says so.
+            self.final_layer_norm = layer_norm(config) if has_final_norm(config) else None
+            self.layers = nn.ModuleList(
+                OPTDecoderLayer(config) for _ in range(config.num_hidden_layers)
+            )
 
     def forward(
         self,

@@ -16,7 +16,7 @@ from opt_torch.generation.generate import generate
 from opt_torch.losses import causal_lm_loss
 from opt_torch.model import OPTModel
 from opt_torch.outputs import CausalLMOutput, GenerateOutput
-from opt_torch.parts import Linear
+from opt_torch.parts import Linear, own_layers
 from opt_torch.pretrained import OPTPreTrainedModel
 
 
@@ -30,7 +30,10 @@ class OPTForCausalLM(OPTPreTrainedModel):
         super().__init__(config, attn_implementation)
         self.model = OPTModel(config, attn_implementation=self.attn_implementation)
         # A tied head is the word embedding again: no parameter of its own.
-        self.lm_head: nn.Linear = Linear(config.word_embed_proj_dim, config.vocab_size, bias=False)
+        with own_layers():
+            self.lm_head: nn.Linear = Linear(
+                config.word_embed_proj_dim, config.vocab_size, bias=False
+            )
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:

@@ -39,10 +39,16 @@ class Files:
         self.named = tuple(named)
 
     def __deepcopy__(self, memo: object) -> Files:
-        return Files(named=self.named)
+        return Files(named=self.copied())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Files, ((), self.named)
+        return Files, ((), self.copied())
+
+    def copied(self) -> tuple[NamedFile, ...]:
+        """The files of a copy; raises CheckpointError if it would be one of other weights."""
+        for mapped in self.mapped:
+            mapped.check()
+        return self.named
 
     def check(self, caller: nn.Module) -> None:
         """Raises CheckpointError if one of the files that the model still uses was written to."""

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -72,6 +74,24 @@ class Linear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         self.restore()
         return self.__dict__
+
+
+_WITHOUT_VALUES: ContextVar[bool] = ContextVar("_WITHOUT_VALUES", default=False)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Within, OPT's own layers are made without values; those of a user's class have theirs."""
+    token = _WITHOUT_VALUES.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_VALUES.reset(token)
+
+
+def own_layers() -> AbstractContextManager[Any]:
+    """What OPT's own layers are made in."""
+    return torch.device("meta") if _WITHOUT_VALUES.get() else nullcontext()
 
 
 class Embedding(nn.Embedding):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opt_core import GenerationConfig, InputError, OPTConfig, UnsupportedError
 from opt_core.checkpoints.sources import NamedFile
@@ -22,12 +22,14 @@ from opt_torch.flash import kernels as find_flash_kernels
 from opt_torch.generation.graphs import forget
 from opt_torch.mapping import NO_FILES, Files, decide, watch
 from opt_torch.offload import Device, DeviceMap, MaxMemory, computing_device, is_away, place
+from opt_torch.parts import without_values
 from opt_torch.weights import (
     added_outgoing,
     added_tensors,
     assign,
     assign_added,
     canonical_arrays,
+    follow,
     initialize,
     resized,
     share_memory,
@@ -76,9 +78,12 @@ class OPTPreTrainedModel(nn.Module):
     def _is_tied(self) -> bool:
         """Whether the head is the embedding, whatever the configuration says."""
         head, table = self.get_output_embeddings(), self.get_input_embeddings()
-        if head is None or head.weight.is_meta:  # without values, or on disk
-            return head is not None and self.config.tie_word_embeddings
-        return share_memory(head.weight, table.weight)
+        weight = None if head is None else getattr(head, "weight", None)
+        if not isinstance(weight, Tensor):
+            return False
+        if weight.is_meta:  # without values, or on disk
+            return self.config.tie_word_embeddings
+        return share_memory(weight, table.weight)
 
     @property
     def _actual_config(self) -> OPTConfig:
@@ -134,6 +139,7 @@ class OPTPreTrainedModel(nn.Module):
                     "resize_token_embeddings: expected weights in memory, found some that device_map "
                     "left elsewhere. Load the model without it, resize, save, and load what was saved."
                 )
+            self._files.check(self)
             restore(self)
             was_tied = self._is_tied
             table.weight = resized(table.weight, size, self.config.init_std)
@@ -226,6 +232,7 @@ class OPTPreTrainedModel(nn.Module):
         return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._files.check(self)
         restore(self)  # or refuse, before anything has moved
         return super()._apply(*args, **kwargs)
 
@@ -272,8 +279,9 @@ class OPTPreTrainedModel(nn.Module):
             **options,
         ) as pretrained:
             config = pretrained.config
-            with torch.device("meta"):
+            with without_values():
                 model = cls(config, **kernel)
+            made = dict(model.named_parameters(remove_duplicate=False))
             added = added_tensors(model, config, cls.architecture)
             shapes = {name: tuple(tensor.shape) for name, tensor in added.items()}
             found, report = pretrained.check(shapes)
@@ -283,6 +291,7 @@ class OPTPreTrainedModel(nn.Module):
             named: Sequence[NamedFile] = ()
             if device_map is None:
                 assign(model, config, cls.architecture, pretrained.sources, dtype, mapped)
+                follow(model, made)
             else:
                 named = place(model, pretrained, device_map, max_memory, offload_folder, mapped)
             watch(model, Files(pretrained.reader.mapped, named))

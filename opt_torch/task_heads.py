@@ -13,7 +13,7 @@ from opt_core.tasks import check_poolable, check_span, problem_type
 from opt_torch.losses import classification_loss, span_loss
 from opt_torch.model import OPTModel
 from opt_torch.outputs import QuestionAnsweringOutput, SequenceClassifierOutput
-from opt_torch.parts import Linear
+from opt_torch.parts import Linear, own_layers
 from opt_torch.pretrained import OPTPreTrainedModel
 
 
@@ -25,7 +25,8 @@ class OPTForSequenceClassification(OPTPreTrainedModel):
     def __init__(self, config: OPTConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
         self.model = OPTModel(config, attn_implementation=self.attn_implementation)
-        self.score = Linear(config.word_embed_proj_dim, config.num_labels, bias=False)
+        with own_layers():
+            self.score = Linear(config.word_embed_proj_dim, config.num_labels, bias=False)
         self.post_init()
 
     def forward(
@@ -101,7 +102,8 @@ class OPTForQuestionAnswering(OPTPreTrainedModel):
     def __init__(self, config: OPTConfig, *, attn_implementation: str | None = None) -> None:
         super().__init__(config, attn_implementation)
         self.model = OPTModel(config, attn_implementation=self.attn_implementation)
-        self.qa_outputs = Linear(config.word_embed_proj_dim, 2)
+        with own_layers():
+            self.qa_outputs = Linear(config.word_embed_proj_dim, 2)
         self.post_init()
 
     def forward(

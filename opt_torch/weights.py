@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,9 +28,19 @@ INITIAL_VALUES: Mapping[Kind, Callable[[Tensor, float], Tensor]] = {
 
 
 def find_parameter(model: nn.Module, param: Param, architecture: str) -> tuple[nn.Module, str]:
-    """The module that owns the parameter, and the parameter's name there."""
+    """The module that owns the parameter, and the parameter's name there.
+
+    Raises:
+        UnsupportedError: the model has no such module any more.
+    """
     *parents, leaf = param.path("torch", architecture)
-    return model.get_submodule(".".join(parents)), leaf
+    try:
+        return model.get_submodule(".".join(parents)), leaf
+    except AttributeError as error:
+        raise UnsupportedError(
+            f"{param.name}: expected {'.'.join(parents)} in the model, found none ({error}). Were layers "
+            "cut or wrapped? Set config.num_hidden_layers to what is left, or put OPT's own layer back."
+        ) from error
 
 
 @torch.no_grad()
@@ -126,7 +136,10 @@ def added_tensors(model: nn.Module, config: OPTConfig, arch: str) -> dict[str, T
     table = param_table(config.replace(tie_word_embeddings=False), arch)
     own = {".".join(param.path("torch", arch)) for param in table}
     layers = {name.rpartition(".")[0] for name in own}
-    added = {k: v for k, v in model.state_dict(keep_vars=True).items() if k not in own}
+    state = model.state_dict(keep_vars=True)
+    # The table's tensors under other names too: of what is compiled, or shares them.
+    known = {id(tensor) for tensor in _table_tensors(model, table, arch)}
+    added = {k: v for k, v in state.items() if k not in own and id(v) not in known}
     for name in added:
         parts = name.split(".")
         inside = next((i for i in range(len(parts)) if ".".join(parts[:i]) in layers), None)
@@ -137,6 +150,12 @@ def added_tensors(model: nn.Module, config: OPTConfig, arch: str) -> dict[str, T
                 "Merge or remove it before saving (an adapter's own library can save it alone)."
             )
     return added
+
+
+def _table_tensors(model: nn.Module, table: Iterable[Param], arch: str) -> Iterator[Any]:
+    for param in table:
+        module, leaf = find_parameter(model, param, arch)
+        yield getattr(module, leaf, None)
 
 
 def added_outgoing(model: nn.Module, config: OPTConfig, arch: str) -> Iterator[Added]:
@@ -158,45 +177,35 @@ def assign_added(
     found: Mapping[str, LazyTensor],
     dtype: torch.dtype,
 ) -> None:
-    """Gives modules of the user's, made on the meta device, the checkpoint's values, or fresh ones.
+    """Gives modules of the user's the checkpoint's values; what it lacks stays as it was made."""
+    for name, tensor in added_tensors(model, config, arch).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+        if name in found:
+            tensor.copy_(from_numpy(found[name].read()))
 
-    Raises:
-        UnsupportedError: values that the checkpoint lacks, and that no `reset_parameters` makes.
+
+def follow(model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
+    """Lets whatever shared a parameter that was replaced share the new one.
+
+    Args:
+        before: the parameters by all their names, before some were replaced.
     """
-    added = added_tensors(model, config, arch)
-    owners = {name: name.rpartition(".")[0] for name in added}
-    for owner in dict.fromkeys(owners.values()):
-        names = [name for name in owners if owners[name] == owner]
-        module = model.get_submodule(owner)
-        for name in names:
-            tensor = torch.empty_like(added[name], device="cpu")
-            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            leaf = name.rpartition(".")[2]
-            if isinstance(added[name], nn.Parameter):
-                tensor = nn.Parameter(tensor, requires_grad=added[name].requires_grad)
-                module.register_parameter(leaf, tensor)
-            else:
-                module.register_buffer(leaf, tensor)
-            added[name] = tensor
-        missing = [name for name in names if name not in found]
-        if missing:
-            if not hasattr(module, "reset_parameters"):
-                raise UnsupportedError(
-                    f"{', '.join(missing)}: not in the checkpoint, and {type(module).__name__} has no "
-                    "reset_parameters() that would make initial values. Give it one."
-                )
-            reset: Any = module.reset_parameters
-            reset()
-        for name in names:
-            if name in found:
-                added[name].copy_(from_numpy(found[name].read()))
+    now = {name: model.get_parameter(name) for name in before}
+    replaced = {id(old): now[name] for name, old in before.items() if now[name] is not old}
+    for name, old in before.items():
+        if now[name] is old and id(old) in replaced:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_parameter(leaf, replaced[id(old)])
 
 
 def share_memory(first: Tensor, second: Tensor) -> bool:
     """Whether the two are one parameter, or two over the same memory."""
     plain = all(type(x) is nn.Parameter and not x.is_meta for x in (first, second))
     return first is second or (
-        plain and first.shape == second.shape and first.data_ptr() == second.data_ptr()
+        plain
+        and (first.shape, first.stride()) == (second.shape, second.stride())
+        and first.data_ptr() == second.data_ptr()
     )
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -213,7 +214,7 @@ class GenerationConfig:
             InputError: something else than a `GenerationConfig`, or an unknown option.
             ConfigError: a value out of its range.
         """
-        own = _checked(default)._updated(config, warn=given is None)
+        own = _checked(default).updated(config, warn=given is None)
         if given is None:
             return own.replace(**options)
         given = _checked(given)
@@ -227,10 +228,10 @@ class GenerationConfig:
         As in the reference, until the model is given others.
         """
         copy = dataclasses.replace(self)
-        object.__setattr__(copy, "_followed", _generation_options(config))
+        object.__setattr__(copy, "_followed", deepcopy(_generation_options(config)))
         return copy
 
-    def _updated(self, config: OPTConfig, *, warn: bool) -> Self:
+    def updated(self, config: OPTConfig, *, warn: bool = False) -> Self:
         """The options with what was set in the model's configuration since they followed it."""
         if self._followed is None:
             return self

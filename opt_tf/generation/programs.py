@@ -76,7 +76,8 @@ class _XLA:
 
     def admit(self, program: Program) -> bool:
         """Counts a program; whether XLA may compile it."""
-        self.collect(len(self.alive) + 1)
+        is_full = self.total >= 2 * program_limit()
+        self.collect(1 if is_full else len(self.alive) + 1)
         if self.total >= 2 * program_limit():
             warnings.warn(
                 f"TensorFlow holds {self.total} compiled programs and cannot be made to forget those "

@@ -90,6 +90,14 @@ def test_what_is_asked_for_beats_the_configuration() -> None:
         assert [getattr(found, name) for name in names] == [not value] * 4
 
 
+def test_a_backend_may_have_a_default_of_its_own() -> None:
+    for value in (True, False):
+        facts = replace(PROMPT, keeps_cache=value)
+        assert plan(facts=facts).use_cache is value
+        assert plan(facts=facts, use_cache=not value).use_cache is not value
+    assert not plan(facts=replace(PROMPT, keeps_cache=True, recomputes=True)).remarks
+
+
 def test_no_cache_is_kept_where_layers_are_computed_again() -> None:
     facts = replace(PROMPT, recomputes=True)
     assert not plan(facts=facts).use_cache and not plan(facts=facts).remarks

@@ -143,6 +143,8 @@ def test_keywords_that_are_no_fields_are_ignored_and_named(tmp_path: Path) -> No
     OPTConfig().save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="hiden_size is ignored.*Did you mean 'hidden_size'"):
         assert OPTConfig.from_pretrained(tmp_path, hiden_size=16) == OPTConfig()
+    with pytest.warns(UserWarning, match="extra is ignored"):
+        assert not OPTConfig.from_pretrained(tmp_path, extra={"token": "a-secret"}).extra
     config, unused = OPTConfig.from_pretrained(
         tmp_path, foo=1, dropout=0.0, token="a-secret", return_unused_kwargs=True
     )

@@ -324,3 +324,13 @@ def test_ends_are_counted_once() -> None:
 def test_an_argument_of_the_call_is_no_option() -> None:
     with pytest.raises(InputError, match="streamer is an argument of generate"):
         GenerationConfig().replace(streamer=None)
+
+
+def test_lists_that_are_changed_in_place_are_noticed() -> None:
+    model = OPTConfig(eos_token_id=[2], bad_words_ids=[[3]])
+    own = GenerationConfig.from_model_config(model)
+    model.eos_token_id.append(5)
+    model.bad_words_ids.append([4])
+    with pytest.warns(UserWarning, match=r"\(bad_words_ids, eos_token_id\)"):
+        found = GenerationConfig.of_call(None, own, model, {})
+    assert (found.eos_token_ids, found.bad_words_ids) == ((2, 5), ((3,), (4,)))

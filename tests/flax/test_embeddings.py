@@ -121,6 +121,16 @@ def test_a_number_format_is_kept():
     assert model.get_output_embeddings().dtype == jnp.bfloat16
 
 
+def test_a_head_of_its_own_is_not_ignored_once_the_configuration_changes():
+    model = load(UNTIED)
+    model.config.tie_word_embeddings = True
+    for call in (model, model.generate):
+        with pytest.raises(InputError, match="tie_weights"):
+            call(IDS)
+    model.tie_weights()
+    model(IDS)
+
+
 def test_a_head_that_would_be_ignored_is_refused(tmp_path):
     """Linen passes over parameters that a module does not have."""
     model = load(TIED)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -311,3 +312,15 @@ def test_the_models_own_settings_can_be_set(backend: Backend) -> None:
     model.generation_config.eos_token_id = None
     assert backend.generate(model, ids).shape == (1, 7)
     assert backend.load(TINY_SUMS).generation_config.max_new_tokens is None
+
+
+def test_what_is_set_in_the_models_configuration_is_saved(backend: Backend, tmp_path: Path) -> None:
+    """generation_config.json kept the former settings, which won when the model was loaded."""
+    model = backend.load(TINY_SUMS)
+    ids = np.array([[2, 5, 6, 7]])
+    backend.config(model).max_length = 9
+    backend.config(model).eos_token_id = None
+    backend.save(model, tmp_path)
+    again = backend.load(tmp_path)
+    assert backend.generate(again, ids).shape == (1, 9)
+    assert backend.load(tmp_path, eos_token_id=2).generation_config.eos_token_id == 2

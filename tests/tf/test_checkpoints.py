@@ -150,3 +150,11 @@ def test_names_follow_the_layers(tmp_path):
     found = {name.split("/")[3] for name in stored(path) if "/layer-" in name}
     assert found == {"layer-0", "layer-1"}
     assert np.isfinite(TFOPTForCausalLM(POST_NORM)(TEXTS).logits).all()
+
+
+def test_a_head_that_nothing_has_called_yet(tmp_path):
+    """Its variables did not exist, so the checkpoint lacked them and passed its own check."""
+    model, fresh = (TFOPTForCausalLM(UNTIED) for _ in range(2))
+    for each in (model, fresh):
+        each.set_output_embeddings(keras.layers.Dense(61, use_bias=False, name="lm_head"))
+    check(model, fresh, str(tmp_path / "model"))

@@ -104,17 +104,65 @@ def test_a_class_whose_constructor_takes_the_configuration_alone(tmp_path):
     assert torch.equal(Valued.from_pretrained(tmp_path).value.weight, model.value.weight)
 
 
-def test_values_that_nobody_can_make():
-    class Scaled(OPTForCausalLM):
-        def __init__(self, config, **kwargs):
-            super().__init__(config, **kwargs)
-            self.scale = nn.Parameter(torch.ones(3))
+class Odd(OPTForCausalLM):
+    """Values that no `reset_parameters` makes, buffers that are not saved, and shared tensors."""
 
-    with (
-        pytest.warns(UserWarning, match="scale"),
-        pytest.raises(UnsupportedError, match=r"scale: not in the checkpoint.*reset_parameters"),
-    ):
-        Scaled.from_pretrained(TIED)
+    def __init__(self, config, **kwargs):
+        super().__init__(config, **kwargs)
+        self.scale = nn.Parameter(torch.full((3,), 2.0))
+        self.zeros = nn.Linear(24, 2)
+        nn.init.zeros_(self.zeros.weight)
+        self.attention = nn.MultiheadAttention(24, 2)
+        self.register_buffer("shown", torch.arange(3.0), persistent=False)
+        self.twin = nn.Linear(24, 2)
+        self.twin.weight = self.zeros.weight
+        self.reader = nn.Linear(24, 103, bias=False)
+        self.reader.weight = self.get_input_embeddings().weight
+
+
+def test_what_a_constructor_made_stays(tmp_path):
+    """Uninitialised memory stood there, or a module's own initial values."""
+    with pytest.warns(UserWarning, match="scale"):
+        model = Odd.from_pretrained(TIED)
+    for _ in range(2):
+        assert torch.equal(model.scale, torch.full((3,), 2.0))
+        assert not model.zeros.weight.any() and torch.equal(model.shown, torch.arange(3.0))
+        assert model.attention.in_proj_weight.isfinite().all()
+        assert model.twin.weight is model.zeros.weight
+        assert model.reader.weight is model.get_input_embeddings().weight is model.lm_head.weight
+        model.save_pretrained(tmp_path)
+        assert "reader.weight" not in load_file(tmp_path / "model.safetensors")
+        model = Odd.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["layer", "base", "head"])
+def test_compiled_parts_are_saved_once(tmp_path, part):
+    """Their tensors have a second name each, by which the file could not be loaded."""
+    model = OPTForCausalLM.from_pretrained(TIED)
+    expected = model(IDS).logits
+    if part == "layer":
+        model.model.decoder.layers[0] = torch.compile(
+            model.model.decoder.layers[0], backend="eager"
+        )
+    elif part == "base":
+        model.model = torch.compile(model.model, backend="eager")
+    else:
+        model.lm_head = torch.compile(model.lm_head, backend="eager")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(OPTForCausalLM.from_pretrained(tmp_path)(IDS).logits, expected)
+
+
+def test_layers_that_were_cut_are_named(tmp_path):
+    model = OPTForCausalLM.from_pretrained(TIED)
+    model.model.decoder.layers = model.model.decoder.layers[:1]
+    with pytest.raises(UnsupportedError, match=r"layers\.1\.self_attn.*num_hidden_layers"):
+        model.save_pretrained(tmp_path / "out")
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(tmp_path / "out")
+
+
+def no_head(model):
+    model.lm_head = nn.Identity()
 
 
 def replaced(model):
@@ -140,6 +188,7 @@ def low_rank(model):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
+        (no_head, r"lm_head\.weight"),
         (replaced, r"layers\.0\.fc1\.weight"),
         (bias, r"lm_head\.bias"),
         (pruned, r"layers\.0\.fc1\.weight_(orig|mask)"),

@@ -168,3 +168,13 @@ def test_tensors_assigned_by_a_state_dict_are_still_tied(tmp_path):
     model.load_state_dict(dict(model.state_dict()), assign=True)
     model.save_pretrained(tmp_path)
     assert OPTForCausalLM.from_pretrained(tmp_path).config.tie_word_embeddings is True
+
+
+def test_memory_that_is_shared_in_other_steps_is_not_tied(tmp_path):
+    model = OPTForCausalLM.from_pretrained(TIED)
+    both = torch.randn(206, 24)
+    model.get_input_embeddings().weight = nn.Parameter(both[:103])
+    model.lm_head.weight = nn.Parameter(both[::2])
+    expected = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    assert torch.equal(OPTForCausalLM.from_pretrained(tmp_path)(IDS).logits, expected)

@@ -321,6 +321,27 @@ def test_copies_have_no_file(kind: str, folder: Path, file: Path) -> None:
     assert torch.equal(logits(found), expected)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        *COPIES.values(),
+        lambda model: model.to(torch.float64),
+        lambda model: model.model.half(),
+        lambda model: model.share_memory(),
+        lambda model: model.resize_token_embeddings(80),
+    ],
+    ids=[*COPIES, "to", "base", "share_memory", "resize"],
+)
+def test_what_ends_the_watch_looks_once_more(
+    change: Callable[[Any], Any], folder: Path, file: Path
+) -> None:
+    """The model had other weights afterwards, and no call could notice any more."""
+    model = OPTForCausalLM.from_pretrained(folder, mmap=True)
+    rewrite(file)
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        change(model)
+
+
 def test_what_others_keep_of_a_file_is_no_concern_of_the_model(folder: Path, file: Path) -> None:
     model = OPTForCausalLM.from_pretrained(folder, mmap=True)
     state = model.state_dict()
