@@ -156,17 +156,11 @@ class LoadReport:
             raise error
 
     def warn_of_new_head(self, where: object) -> None:
-        """Says which parameters start anew: those of a head, and those whose shapes are ignored."""
+        """Says which parameters of a head start anew, if any do."""
         if self.missing_head:
             warnings.warn(
                 f"{where} has no {', '.join(self.missing_head)}: initialised anew. Train the model "
                 "before you use this head.",
-                stacklevel=4,
-            )
-        if self.mismatched_names:
-            warnings.warn(
-                f"{where} has other shapes of {', '.join(_shorten(self.mismatched_names))}: initialised "
-                "anew, as ignore_mismatched_sizes=True asks for. Train the model before you use it.",
                 stacklevel=4,
             )
 

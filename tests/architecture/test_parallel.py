@@ -97,7 +97,7 @@ NAMES: dict[tuple[str, str, str], str] = {
     (
         "*",
         "weights.py",
-        "added_tensors added_outgoing assign_added _stored_dtype",
+        "added_tensors _table_tensors added_outgoing assign_added follow _stored_dtype",
     ): "only torch saves layers of the user's",
     ("tf", "weights.py", "_refuse_added"): "and Keras' own files hold them",
     ("*", "weights.py", "share_memory"): STATE,
