@@ -53,6 +53,36 @@ ACTIVATIONS = (
 )
 
 
+#: What a configuration may say of generation, as those of transformers before 4.26 do.
+GENERATION_OPTIONS = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+)
+
+
 @dataclasses.dataclass(init=False, eq=False, repr=False)
 class OPTConfig:
     """The architecture and the defaults of an OPT model.
@@ -414,11 +444,10 @@ class OPTConfig:
 
 
 def _known_names(values: Mapping[str, Any]) -> list[str]:
-    """What may be overridden when a file is read: fields, what the file holds, options of generation."""
-    from opt_core.generation.config import OPTIONS
-
+    """What may be overridden when a file is read: fields, what it holds, options of generation."""
     fields = (name for name in FIELDS if name != "extra")
-    return [*fields, "_name_or_path", "dtype", "num_labels", "use_return_dict", *OPTIONS, *values]
+    others = ("_name_or_path", "dtype", "num_labels", "use_return_dict")
+    return [*fields, *others, *GENERATION_OPTIONS, *values]
 
 
 def _checked_labels(labels: Any) -> dict[int, str]:

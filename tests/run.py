@@ -62,8 +62,8 @@ DECODING = (
 #: Those that must run as users' programs do; what is in none of the three is the rest.
 EXACT = ("activations", "golden", "gradients", "loops", "numerics", "processors")
 TRAINING = ("checkpointing", "dropout", "heads", "finetuning", "packing", "resizing", "training")
-#: Those whose cases are one program each, apart: a process can map only so many programs (Linux:
-#: vm.max_map_count), and XLA gives none of them back.
+#: Those whose cases are one program each, apart: of each function that XLA has compiled once, TensorFlow
+#: keeps some 20 MB for the life of the process.
 ROW_BY_ROW = "tests/suite/test_strategies.py::test_each_row_alone"
 PROGRAMS = (
     ("tests/suite/test_generate.py", "tests/suite/test_sampling.py"),

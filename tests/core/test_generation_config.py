@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from opt_core import ConfigError, GenerationConfig, InputError, OPTConfig
+from opt_core.config import GENERATION_OPTIONS
 from opt_core.generation.config import OPTIONS as TABLE
+from opt_core.generation.config import OTHER_OPTIONS
 from tests.cases import GOLDEN
 
 OPTIONS = GenerationConfig(pad_token_id=1, bos_token_id=2, eos_token_id=2)
@@ -20,6 +22,10 @@ OPTIONS = GenerationConfig(pad_token_id=1, bos_token_id=2, eos_token_id=2)
 
 def test_every_field_is_an_option() -> None:
     assert [*TABLE] == [f.name for f in dataclasses.fields(GenerationConfig)][:-1]
+
+
+def test_what_a_configuration_may_say_of_generation_is_an_option() -> None:
+    assert {*GENERATION_OPTIONS} <= {*TABLE, *OTHER_OPTIONS}
 
 
 def test_replace_makes_a_copy() -> None:
