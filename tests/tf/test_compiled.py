@@ -9,7 +9,9 @@ import tensorflow as tf
 
 from opt_core import InputError
 from opt_core.generation.plan import BUCKET
+from opt_core.programs import DEFAULT_LIMIT, set_program_limit
 from opt_tf import KVCache
+from opt_tf.generation import programs
 from tests.tf.tiny import CONFIG, TASK, tiny
 from tests.tolerances import assert_close
 
@@ -204,3 +206,20 @@ def test_prompts_longer_than_the_room_for_their_bucket():
     model = tiny(config=ROOMY)
     ids = np.arange(size - 1)[None] % 50 + 3
     assert model.generate(ids, max_new_tokens=2, eos_token_id=None).shape == (1, size + 1)
+
+
+def test_where_nothing_can_be_forgotten_programs_run_without_xla(monkeypatch):
+    """The fallback for a TensorFlow in which what holds XLA's programs has another name."""
+    model = tiny()
+    prompts = [[[5, 6, 7]] * rows for rows in (1, 2, 3)]
+    expected = [model.generate(ids, max_new_tokens=3).numpy() for ids in prompts]
+    monkeypatch.setattr(programs, "_forget", lambda: False)
+    model.clear_compiled()
+    set_program_limit(1)
+    try:
+        with pytest.warns(UserWarning, match="run without XLA"):
+            found = [model.generate(ids, max_new_tokens=3).numpy() for ids in prompts]
+    finally:
+        set_program_limit(DEFAULT_LIMIT)
+    for one, other in zip(found, expected, strict=True):
+        assert np.array_equal(one, other)
