@@ -14,7 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opt_core import FormatError, HubError, InputError, OPTTokenizer, UnsupportedError
+from opt_core import (
+    FormatError,
+    HubError,
+    InputError,
+    OPTTokenizer,
+    UnsupportedError,
+    tokenizer_files,
+)
 from opt_core.encodings import to_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer"
@@ -372,3 +379,32 @@ def test_legacy_added_tokens_file_is_read(tmp_path: Path) -> None:
     damage(folder, "added_tokens.json", json.dumps({"<b>": size + 1, "<a>": size}))
     tokenizer = OPTTokenizer.from_pretrained(folder)
     assert tokenizer.convert_tokens_to_ids(["<a>", "<b>"]) == [size, size + 1]
+
+
+def test_a_save_that_is_interrupted_changes_nothing(
+    tokenizer: OPTTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File by file, the new vocabulary stood beside the former settings, and loaded without a word."""
+    tokenizer.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    written = []
+
+    def fails(path: Path, content: str) -> None:
+        written.append(path)
+        if len(written) == 3:
+            raise OSError("no space left")
+        path.write_text(content)
+
+    monkeypatch.setattr(tokenizer_files, "atomic_write", fails)
+    other = OPTTokenizer.from_pretrained(tmp_path, padding_side="left")
+    with pytest.raises(OSError, match="no space left"):
+        other.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_tokens_of_a_former_tokenizer_do_not_stay(tokenizer: OPTTokenizer, tmp_path: Path) -> None:
+    (tmp_path / "added_tokens.json").write_text('{"<former>": 400}')
+    tokenizer.save_pretrained(tmp_path)
+    stale = tmp_path / "added_tokens.json"
+    assert not stale.exists() or "<former>" not in stale.read_text()
+    assert len(OPTTokenizer.from_pretrained(tmp_path)) == len(tokenizer)
