@@ -139,6 +139,9 @@ def open_pretrained(
     hub = take_hub_options(options)
     prefer = next((name for hint, name in PREFERRED.items() if options.pop(hint, False)), None)
     _check_overrides(options)
+    if None not in (dtype, torch_dtype) and dtype != torch_dtype:
+        raise InputError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} differ: give one.")
+    dtype = dtype if torch_dtype is None else torch_dtype
     directory = resolve(name_or_path, prefer=prefer, **hub)
     options["_name_or_path"] = str(name_or_path)
 
@@ -160,9 +163,6 @@ def open_pretrained(
         if architecture == "OPTForCausalLM":
             own_config = _as_tied(own_config, reader, name_or_path)
         sources, report = match(own_config, architecture, reader)
-        if None not in (dtype, torch_dtype) and dtype != torch_dtype:
-            raise InputError(f"dtype={dtype!r} and torch_dtype={torch_dtype!r} differ: give one.")
-        dtype = dtype if torch_dtype is None else torch_dtype
         name = resolve_dtype(dtype, own_config, reader)
         stored_dtype = resolve_dtype("auto", own_config, reader)
         own_config.torch_dtype = name

@@ -286,7 +286,7 @@ class OPTPreTrainedModel(nn.Module):
             shapes = {name: tuple(tensor.shape) for name, tensor in added.items()}
             found, report = pretrained.check(shapes)
             dtype = getattr(torch, pretrained.dtype)
-            assign_added(model, config, cls.architecture, found, dtype)
+            assign_added(added, found, dtype)
             mapped = decide(pretrained, mmap)
             named: Sequence[NamedFile] = ()
             if device_map is None:

@@ -171,14 +171,14 @@ def added_outgoing(model: nn.Module, config: OPTConfig, arch: str) -> Iterator[A
 
 @torch.no_grad()
 def assign_added(
-    model: nn.Module,
-    config: OPTConfig,
-    arch: str,
-    found: Mapping[str, LazyTensor],
-    dtype: torch.dtype,
+    added: Mapping[str, Tensor], found: Mapping[str, LazyTensor], dtype: torch.dtype
 ) -> None:
-    """Gives modules of the user's the checkpoint's values; what it lacks stays as it was made."""
-    for name, tensor in added_tensors(model, config, arch).items():
+    """Gives modules of the user's the checkpoint's values; what it lacks stays as it was made.
+
+    Args:
+        added: of `added_tensors`.
+    """
+    for name, tensor in added.items():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
         if name in found:

@@ -77,7 +77,7 @@ class GenerationConfig:
     """
 
     # Lengths, and what else ends a sequence. `max_new_tokens` beats `max_length`, which counts prompt
-    # and new tokens together; `early_stopping` of beams is True, False or "never"; seconds.
+    # and new tokens together; `early_stopping` of beams is True, False or "never"; `max_time` is in seconds.
     max_length: int = option(20, whole(1))
     max_new_tokens: int | None = option(None, optional(whole(1)))
     min_length: int = option(0, whole(0))

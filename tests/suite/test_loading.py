@@ -305,3 +305,8 @@ def test_only_torch_can_leave_weights_in_their_file(backend: Backend, folder: Pa
     else:
         with pytest.raises(InputError, match="mmap=True: expected a model of PyTorch"):
             backend.load(folder, mmap=True)
+
+
+def test_two_dtypes_that_differ(backend: Backend, folder: Path) -> None:
+    with pytest.raises(InputError, match="dtype='float32' and torch_dtype='float16' differ"):
+        backend.load(folder, dtype="float32", torch_dtype="float16")
